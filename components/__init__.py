@@ -1,0 +1,1 @@
+"""The stages of the loop, one package each, and the code that they share."""

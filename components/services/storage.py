@@ -1,0 +1,227 @@
+"""Artifacts on S3, addressed by `s3://bucket/key` URIs, through boto3.
+
+Endpoint and credentials come from boto3's own environment variables (`AWS_ENDPOINT_URL_S3`, `AWS_ACCESS_KEY_ID`, ...).
+A folder is published by writing its marker object last: a folder without its marker does not exist for any reader, so a
+stage that dies half-way leaves nothing that can be mistaken for a result.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config as BotoConfig
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
+from botocore.exceptions import (
+    ConnectionError as BotoConnectionError,
+)
+
+from components.services.exits import DoNotRetry, Retry
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+MARKER = "rankloop.json"  # written last; a folder is complete when it is there
+
+_NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
+_FORBIDDEN = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+
+
+class StoredObject(NamedTuple):
+    """One object of a listing. `size_bytes` as stored; `etag` changes whenever the content does."""
+
+    uri: str
+    size_bytes: int
+    etag: str
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """`s3://bucket/a/b` -> `("bucket", "a/b")`.
+
+    Raises:
+        DoNotRetry: `uri` is not an S3 URI with a bucket.
+    """
+    scheme, separator, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme != "s3" or not separator or not bucket:
+        raise DoNotRetry(f"{uri!r} is not an S3 URI", "give it as s3://bucket/prefix")
+    return bucket, key
+
+
+def join(uri: str, *parts: str) -> str:
+    """`join("s3://b/a/", "c")` -> `s3://b/a/c`."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+class Storage:
+    """An S3 client whose errors are `DoNotRetry` (credentials, bucket, key) or `Retry` (network, server) with the URI."""
+
+    def __init__(self, client: S3Client | None = None) -> None:
+        self._client: S3Client = client or boto3.client(
+            "s3",
+            config=BotoConfig(
+                connect_timeout=5,
+                read_timeout=60,
+                retries={"max_attempts": 4, "mode": "standard"},
+                s3={"addressing_style": "path"},
+            ),
+        )
+        self.seconds = 0.0  # spent in requests so far, streams excluded
+        self._transfer = TransferConfig(multipart_threshold=64 * 2**20, multipart_chunksize=32 * 2**20, max_concurrency=4)
+
+    @contextmanager
+    def _errors(self, uri: str, streaming: bool = False) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+            if not streaming:  # a stream's time is mostly its reader's
+                self.seconds += time.perf_counter() - started
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            if code == "NoSuchBucket":
+                raise DoNotRetry(
+                    f"bucket {split_uri(uri)[0]!r} of {uri} does not exist", "create it, or correct the URI"
+                ) from error
+            if code in _FORBIDDEN or status == 403:
+                raise DoNotRetry(
+                    f"S3 refuses access to {uri} ({code})",
+                    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and the rights of that key",
+                ) from error
+            if code in _NOT_FOUND:
+                raise DoNotRetry(f"{uri} does not exist", "check the URI, or run the stage that writes it") from error
+            raise Retry(f"S3 failed on {uri}: {code} {error}", "run again when the object store is healthy") from error
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise DoNotRetry(f"no S3 credentials for {uri}", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+        except (BotoConnectionError, HTTPClientError) as error:
+            raise Retry(
+                f"the object store cannot be reached for {uri}: {error}", "check AWS_ENDPOINT_URL_S3 and the network"
+            ) from error
+        except BotoCoreError as error:
+            raise DoNotRetry(f"S3 request for {uri} is not possible: {error}", "check the AWS_* environment") from error
+
+    def exists(self, uri: str) -> bool:
+        """Whether the object is there. A missing bucket or a refused key is an error, not "no"."""
+        bucket, key = split_uri(uri)
+        with self._errors(uri):
+            try:
+                self._client.head_object(Bucket=bucket, Key=key)
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") not in _NOT_FOUND:
+                    raise
+                self._client.head_bucket(Bucket=bucket)  # HEAD has no body: this tells a missing bucket from a missing key
+                return False
+        return True
+
+    def list(self, uri: str) -> Iterator[StoredObject]:
+        """Every object below the prefix, in key order, page by page."""
+        bucket, key = split_uri(uri)
+        with self._errors(uri, streaming=True):
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
+                for item in page.get("Contents", []):
+                    yield StoredObject(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+
+    def get_bytes(self, uri: str) -> bytes:
+        with self.open_read(uri) as body:
+            return body.read()
+
+    def get_json(self, uri: str) -> Any:
+        return json.loads(self.get_bytes(uri))
+
+    @contextmanager
+    def open_read(self, uri: str) -> Iterator[BinaryIO]:
+        """The object's body as a stream; nothing is held in memory or on disk."""
+        bucket, key = split_uri(uri)
+        with self._errors(uri, streaming=True):
+            body = self._client.get_object(Bucket=bucket, Key=key)["Body"]
+            try:
+                yield cast(BinaryIO, body)
+            finally:
+                body.close()
+
+    def put_bytes(self, uri: str, data: bytes) -> None:
+        bucket, key = split_uri(uri)
+        with self._errors(uri):
+            self._client.put_object(Bucket=bucket, Key=key, Body=data)
+
+    def put_json(self, uri: str, value: Any) -> None:
+        self.put_bytes(uri, json.dumps(value, indent=2, sort_keys=True, allow_nan=False).encode())
+
+    def put_if_absent(self, uri: str, data: bytes) -> bool:
+        """Writes the object unless it is there already; of many callers exactly one gets True."""
+        bucket, key = split_uri(uri)
+        with self._errors(uri):
+            try:
+                self._client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):
+                    return False
+                raise
+        return True
+
+    def delete(self, uri: str) -> None:
+        """Removes one object; a missing one is not an error."""
+        bucket, key = split_uri(uri)
+        with self._errors(uri):
+            self._client.delete_object(Bucket=bucket, Key=key)
+
+    def upload_file(self, path: Path, uri: str) -> None:
+        bucket, key = split_uri(uri)
+        with self._errors(uri):
+            self._client.upload_file(str(path), bucket, key, Config=self._transfer)
+
+    def download_file(self, uri: str, path: Path) -> None:
+        bucket, key = split_uri(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._errors(uri):
+            self._client.download_file(bucket, key, str(path), Config=self._transfer)
+
+    def publish_folder(self, folder: Path, uri: str, marker: dict[str, Any]) -> None:
+        """Uploads every file of `folder`, then the marker. On any failure what was uploaded is removed again.
+
+        Args:
+            folder: files and sub-folders to upload.
+            uri: where they go; `<uri>/rankloop.json` must not be among the files.
+            marker: the content of `rankloop.json`: role, resolved config, digests of parents, code version.
+        """
+        done: list[str] = []
+        try:
+            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                target = join(uri, path.relative_to(folder).as_posix())
+                done.append(target)
+                self.upload_file(path, target)
+            self.put_json(join(uri, MARKER), marker)
+        except BaseException:
+            for target in done:
+                try:
+                    self.delete(target)
+                except (DoNotRetry, Retry):
+                    break  # the store is gone; without its marker the folder does not count
+            raise
+
+    def is_published(self, uri: str) -> bool:
+        return self.exists(join(uri, MARKER))
+
+    def fetch_folder(self, uri: str, folder: Path) -> dict[str, Any]:
+        """Downloads a published folder and returns its marker.
+
+        Raises:
+            DoNotRetry: there is no marker, so no complete folder.
+        """
+        marker: dict[str, Any] = self.get_json(join(uri, MARKER))
+        prefix = uri.rstrip("/") + "/"
+        for item in self.list(prefix):
+            self.download_file(item.uri, folder / item.uri.removeprefix(prefix))
+        return marker
