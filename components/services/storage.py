@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import boto3
+from boto3.exceptions import RetriesExceededError, S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config as BotoConfig
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
 )
@@ -69,7 +71,7 @@ class Storage:
     """An S3 client whose errors are `DoNotRetry` (credentials, bucket, key) or `Retry` (network, server) with the URI."""
 
     def __init__(self, client: S3Client | None = None) -> None:
-        self._client: S3Client = client or boto3.client(
+        self._client: S3Client = client or boto3.session.Session().client(  # the default session keeps old credentials
             "s3",
             config=BotoConfig(
                 connect_timeout=5,
@@ -105,7 +107,7 @@ class Storage:
             raise Retry(f"S3 failed on {uri}: {code} {error}", "run again when the object store is healthy") from error
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise DoNotRetry(f"no S3 credentials for {uri}", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
-        except (BotoConnectionError, HTTPClientError) as error:
+        except (BotoConnectionError, HTTPClientError, IncompleteReadError, RetriesExceededError) as error:
             raise Retry(
                 f"the object store cannot be reached for {uri}: {error}", "check AWS_ENDPOINT_URL_S3 and the network"
             ) from error
@@ -180,7 +182,10 @@ class Storage:
     def upload_file(self, path: Path, uri: str) -> None:
         bucket, key = split_uri(uri)
         with self._errors(uri):
-            self._client.upload_file(str(path), bucket, key, Config=self._transfer)
+            try:
+                self._client.upload_file(str(path), bucket, key, Config=self._transfer)
+            except S3UploadFailedError as error:  # hides the ClientError that tells what is wrong
+                raise error.__context__ or error from None
 
     def download_file(self, uri: str, path: Path) -> None:
         bucket, key = split_uri(uri)

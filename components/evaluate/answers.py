@@ -1,0 +1,216 @@
+"""Samples each policy's answers to the held-out prompts, and scores them. One model is in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from components.evaluate.measures import Answer
+from components.rlhf.models import Precision, context_tokens, load_policy, load_scorer
+from components.rlhf.records import Message, Ranking, prompt_key
+from components.rlhf.reward import score
+from components.rlhf.rollout import Completion, completion_logprobs, sample
+from components.rlhf.tokens import PromptTooLong, encode_prompt
+from components.services.exits import DoNotRetry
+from components.services.launch import Context
+from components.simulated_world import truth
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Sampling(NamedTuple):
+    """How answers are drawn: as in the config of the stage."""
+
+    max_new_tokens: int
+    temperature: float
+    batch_size: int
+    seed: int
+    precision: Precision
+
+
+class Drawn(NamedTuple):
+    """What was sampled, by the prompt's index; only prompts that every policy answered.
+
+    Fields:
+        completions: {policy: {index: completion}}.
+        log_ratios: of the candidate's completions, log p(candidate) - log p(SFT) in nats.
+        cut: prompts that were cut at the front to fit a policy's context.
+    """
+
+    completions: dict[str, dict[int, Completion]]
+    log_ratios: dict[int, float]
+    cut: set[int]
+
+
+def choose_prompts(rankings: Iterable[Ranking], count: int, seed: int) -> tuple[list[list[Message]], set[str]]:
+    """`count` distinct prompts and the sources of all rankings.
+
+    Prompts are taken in the order of a seeded hash, so that a snapshot that has grown keeps most of the prompts of the one before.
+    """
+    sources: set[str] = set()
+    seen: set[str] = set()
+
+    def ordered() -> Iterable[tuple[bytes, str, list[Message]]]:
+        for ranking in rankings:
+            sources.add(ranking.source)
+            key = prompt_key(ranking.prompt)
+            if key not in seen:
+                seen.add(key)
+                yield hashlib.sha256(f"{seed}:{key}".encode()).digest(), key, ranking.prompt
+
+    return [prompt for _, _, prompt in heapq.nsmallest(count, ordered(), key=lambda each: each[:2])], sources
+
+
+def draw(context: Context, policies: Mapping[str, str], prompts: Sequence[list[Message]], sampling: Sampling) -> Drawn:
+    """One answer per prompt and policy, for the prompts that fit every policy's context.
+
+    All policies draw with the same random numbers, which makes the comparison sharper and equal policies tie.
+
+    Args:
+        policies: {name: s3:// folder}, "candidate" before "sft".
+
+    Raises:
+        DoNotRetry: a folder is not a policy; candidate and SFT do not share a vocabulary; or no prompt fits.
+    """
+    indices = list(range(len(prompts)))
+    completions: dict[str, dict[int, Completion]] = {}
+    candidate_logprobs: list[float] = []
+    candidate_vocabulary: dict[str, int] = {}
+    log_ratios: dict[int, float] = {}
+    cut: set[int] = set()
+    for name, uri in policies.items():
+        model, tokenizer = _load(context, name, uri, "policy", sampling.precision)
+        limit_tokens = context_tokens(model) - sampling.max_new_tokens
+        was_cut = {i: _was_cut(tokenizer, prompts[i], limit_tokens) for i in indices}
+        indices = [i for i in indices if was_cut[i] is not None]
+        cut |= {i for i in indices if was_cut[i]}
+        if not indices:
+            raise DoNotRetry(
+                f"none of the {len(prompts)} held-out prompts fits the {context_tokens(model)} tokens of context of {uri} "
+                f"together with evaluate.max_new_tokens = {sampling.max_new_tokens}",
+                "lower evaluate.max_new_tokens, or use a model with a longer context",
+            )
+        completions[name] = _sample(context, name, model, tokenizer, [(i, prompts[i]) for i in indices], sampling)
+        ours = list(completions["candidate"].items())
+        if name == "candidate":
+            candidate_vocabulary = tokenizer.get_vocab()
+            candidate_logprobs = _logprobs(model, tokenizer, [c for _, c in ours], sampling)
+        elif name == "sft":
+            if tokenizer.get_vocab() != candidate_vocabulary:
+                raise DoNotRetry(
+                    f"{policies['candidate']} and {uri} have different vocabularies, so there is no KL between them",
+                    "give evaluate the SFT policy from which the candidate was trained",
+                )
+            reference = _logprobs(model, tokenizer, [c for _, c in ours], sampling)
+            log_ratios = {i: a - b for (i, _), a, b in zip(ours, candidate_logprobs, reference, strict=True)}
+    answered = {name: {i: each[i] for i in indices} for name, each in completions.items()}
+    return Drawn(answered, {i: log_ratios[i] for i in indices}, cut & set(indices))
+
+
+def score_all(
+    context: Context, scorers: Mapping[str, str], prompts: Sequence[list[Message]], drawn: Drawn, sampling: Sampling
+) -> dict[str, list[Answer]]:
+    """Answers of each policy with the scores of each scorer, in the order of the prompts that all policies answered.
+
+    Args:
+        scorers: {name: s3:// folder of a reward model}; "true" is the simulated world's preference and has no folder.
+    """
+    indices = list(drawn.log_ratios)
+    asked = [prompts[i] for i in indices]
+    texts = {policy: [each[i].text for i in indices] for policy, each in drawn.completions.items()}
+    scores: dict[str, dict[str, list[float]]] = {}
+    for name, uri in scorers.items():
+        if name == "true":
+            scores[name] = {policy: _true_scores(asked, given) for policy, given in texts.items()}
+            continue
+        role = "judge_model" if name == "judge" else "reward_model"
+        model, tokenizer = _load(context, name, uri, role, sampling.precision)
+        try:
+            scores[name] = {
+                policy: score(model, tokenizer, asked, given, batch_size=sampling.batch_size).tolist()
+                for policy, given in context.progress.track(texts.items(), len(texts), f"scores of {name}")
+            }
+        except PromptTooLong as error:
+            raise DoNotRetry(f"{uri}: {error}", "lower evaluate.max_new_tokens") from error
+    return {
+        policy: [
+            Answer(each[i].text, len(each[i].token_ids), each[i].ended, {name: scores[name][policy][row] for name in scorers})
+            for row, i in enumerate(indices)
+        ]
+        for policy, each in drawn.completions.items()
+    }
+
+
+def _load(
+    context: Context, name: str, uri: str, role: str, precision: Precision
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = context.scratch / "models" / name
+    marker = context.storage.fetch_folder(uri, folder)
+    if marker.get("role") != role:
+        raise DoNotRetry(f"{uri} is a {marker.get('role')!r}, not a {role!r}", f"correct the input for the {name}")
+    try:
+        return (load_policy if role == "policy" else load_scorer)(folder, precision)
+    except (ValueError, OSError) as error:
+        raise DoNotRetry(f"{uri} cannot be loaded: {error}", "run the stage that writes it again") from error
+
+
+def _was_cut(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], limit_tokens: int) -> bool | None:
+    """Whether a prompt has to be cut at the front; None if not even its last line fits."""
+    try:
+        return encode_prompt(tokenizer, prompt, limit_tokens)[1]
+    except PromptTooLong:
+        return None
+
+
+def _sample(
+    context: Context,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[int, list[Message]]],
+    sampling: Sampling,
+) -> dict[int, Completion]:
+    batches = [prompts[first : first + sampling.batch_size] for first in range(0, len(prompts), sampling.batch_size)]
+    found: dict[int, Completion] = {}
+    for number, batch in enumerate(context.progress.track(batches, len(batches), f"answers of {name}")):
+        drawn = sample(
+            model,
+            tokenizer,
+            [prompt for _, prompt in batch],
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed * 1_000_003 + number,  # of the batch alone: policies stay in step though one answers longer
+            batch_size=sampling.batch_size,
+        )
+        found.update(zip((i for i, _ in batch), drawn, strict=True))
+    return found
+
+
+def _logprobs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion], sampling: Sampling
+) -> list[float]:
+    """Log-probability of each completion at the sampling temperature, summed over its tokens, in nats."""
+    each = completion_logprobs(model, tokenizer, completions, temperature=sampling.temperature, batch_size=sampling.batch_size)
+    return [float(logprobs.double().sum()) for logprobs in each]
+
+
+def _true_scores(prompts: Sequence[list[Message]], texts: Sequence[str]) -> list[float]:
+    try:
+        return [truth.score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    except ValueError as error:
+        raise DoNotRetry(
+            f"evaluate.truth = 'simulated', but the rankings are not simulated: {error}", "set evaluate.truth to none"
+        ) from error
+
+
+def read_training(folder: Path) -> list[dict[str, Any]]:
+    """The updates that PPO recorded in the candidate's folder; empty for a policy that PPO did not make."""
+    path = folder / "training.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,0 +1,140 @@
+"""What is measured about a candidate, from its answers and the others' to the same prompts. Pure.
+
+Policies are called "candidate", "sft" and "champion"; scorers "judge" (the reward model that PPO never saw, which alone enters the
+gate), "reward" (the one that PPO optimised: shown beside it, since the gap between both is the over-optimisation) and "true" (the
+true preference of simulated data).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from components.rlhf.statistics import (
+    UNKNOWN,
+    Estimate,
+    as_json,
+    cluster_share,
+    distinct_n,
+    length_controlled_win_rate,
+    mean,
+    spearman,
+    wilson_interval,
+    win_rate,
+)
+
+TIE_WIDTH = 1e-4  # scores nearer than this are a tie: rounding differs with the padding of a batch
+
+Measures = dict[str, dict[str, float | None]]
+
+
+class Answer(NamedTuple):
+    """One policy's answer to one prompt.
+
+    Fields:
+        text: without EOS.
+        tokens: length of the completion in the policy's own tokens, EOS included.
+        ended: whether EOS came within the budget.
+        scores: {scorer: score}.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    scores: dict[str, float]
+
+
+def outcome(ours: Answer, theirs: Answer, scorer: str) -> float:
+    """1 if our answer scores higher, 0 if lower, 0.5 if the texts are equal or the scores are; NaN if a score is not finite."""
+    a, b = ours.scores[scorer], theirs.scores[scorer]
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.nan
+    if ours.text == theirs.text or abs(a - b) <= TIE_WIDTH:
+        return 0.5
+    return 1.0 if a > b else 0.0
+
+
+def measure(answers: Mapping[str, Sequence[Answer]], log_ratios: Sequence[float], seed: int, resamples: int) -> Measures:
+    """Every measure as {value, low, high}; null where it cannot be computed, which the gate takes for a failure.
+
+    Args:
+        answers: {policy: answers}, in the order of the prompts, the same prompts for each.
+        log_ratios: of each of the candidate's completions, log p(candidate) - log p(SFT), summed over its tokens, in nats.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+    """
+    found: dict[str, Estimate] = {"kl_reference": mean(log_ratios, seed, resamples)}
+    for policy, given in answers.items():
+        found |= _of_policy(policy, given, seed, resamples)
+    candidate, sft = answers["candidate"], answers["sft"]
+    for other in answers:
+        if other != "candidate":
+            found |= _against(other, candidate, answers[other], seed, resamples)
+    tokens, sft_tokens = ([answer.tokens for answer in each] for each in (candidate, sft))
+    found["length_ratio"] = cluster_share(tokens, sft_tokens, seed, resamples, share=False)
+    for n in (1, 2):
+        of_sft = found[f"distinct_{n}_sft"].value
+        ratio = found[f"distinct_{n}_candidate"].value / of_sft if of_sft > 0 else math.nan
+        found[f"distinct_{n}_ratio"] = _point(ratio)
+    found["eos_fraction"] = found["eos_fraction_candidate"]
+    if "true" in candidate[0].scores:
+        everything = [answer for given in answers.values() for answer in given]
+        for scorer in ("judge", "reward"):
+            pairs = [(a.scores[scorer], a.scores["true"]) for a in everything]
+            found[f"{scorer}_truth_spearman"] = _point(spearman(*zip(*pairs, strict=True)))
+    return {name: as_json(estimate) for name, estimate in found.items()}
+
+
+def _of_policy(policy: str, given: Sequence[Answer], seed: int, resamples: int) -> dict[str, Estimate]:
+    texts = [answer.text for answer in given]
+    return {
+        f"length_tokens_{policy}": mean([answer.tokens for answer in given], seed, resamples),
+        f"eos_fraction_{policy}": wilson_interval(sum(answer.ended for answer in given), len(given)),
+        f"distinct_1_{policy}": _point(distinct_n(texts, 1)),
+        f"distinct_2_{policy}": _point(distinct_n(texts, 2)),
+        **{
+            f"{scorer}_score_{policy}": mean([answer.scores[scorer] for answer in given], seed, resamples)
+            for scorer in given[0].scores
+        },
+    }
+
+
+def _against(other: str, ours: Sequence[Answer], theirs: Sequence[Answer], seed: int, resamples: int) -> dict[str, Estimate]:
+    found = {}
+    longer = [a.tokens - b.tokens for a, b in zip(ours, theirs, strict=True)]
+    for scorer in ours[0].scores:
+        wins = [outcome(a, b, scorer) for a, b in zip(ours, theirs, strict=True)]
+        prefix = "" if scorer == "judge" else f"{scorer}_"
+        name = f"{prefix}win_rate_over_{other}"
+        known = all(math.isfinite(each) for each in wins)
+        found[name] = win_rate(wins, seed, resamples) if known else UNKNOWN
+        controlled = length_controlled_win_rate(wins, longer, seed, resamples) if known else UNKNOWN
+        found[f"{name}_length_controlled"] = controlled
+    return found
+
+
+def _point(value: float) -> Estimate:
+    return Estimate(value, math.nan, math.nan)
+
+
+def sample_record(prompt: Any, given: Mapping[str, Answer]) -> dict[str, Any]:
+    """One line of samples.jsonl: the prompt, each policy's answer with its scores, and the judge's verdict on each comparison."""
+    verdicts = {1.0: "won", 0.5: "tied", 0.0: "lost"}
+    return {
+        "prompt": prompt,
+        "answers": {
+            policy: {
+                "text": answer.text,
+                "tokens": answer.tokens,
+                "ended": answer.ended,
+                "scores": {name: value if math.isfinite(value) else None for name, value in answer.scores.items()},
+            }
+            for policy, answer in given.items()
+        },
+        "verdicts": {
+            policy: verdicts.get(outcome(given["candidate"], answer, "judge"), "unknown")
+            for policy, answer in given.items()
+            if policy != "candidate"
+        },
+    }

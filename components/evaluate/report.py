@@ -1,0 +1,207 @@
+"""The evaluation's page, from evaluation.json, the samples and the candidate's training record. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from components.rlhf.plots import histogram, intervals, lines
+from components.rlhf.report_page import (
+    SIMULATED_BANNER,
+    Cell,
+    Samples,
+    Section,
+    Table,
+    interval_text,
+    learning_curves,
+    render_page,
+)
+
+SAMPLES_SHOWN = 400
+NAMES = {"candidate": "candidate", "sft": "SFT", "champion": "champion"}
+SCORERS = {"judge": "judge", "reward": "optimised reward model", "true": "true preference"}
+
+
+def evaluation_page(
+    evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], training: Sequence[Mapping[str, Any]]
+) -> str:
+    """One HTML page.
+
+    Args:
+        evaluation: the content of evaluation.json.
+        samples: the lines of samples.jsonl.
+        training: PPO's updates; empty if the candidate has no record of them.
+    """
+    banners = [_verdict(evaluation)]
+    if evaluation["simulated"]:
+        banners.insert(0, SIMULATED_BANNER)
+    if evaluation["same_as_champion"]:
+        banners.append(("note", f"The candidate is the champion itself (version {evaluation['champion_version']})."))
+    return render_page(
+        "Evaluation of a policy",
+        f"{len(samples)} held-out prompts, one answer each. Intervals are at 95 %. Candidate {evaluation['candidate_uri']}",
+        banners,
+        [_gate(evaluation), _win_rates(evaluation), _policies(evaluation, samples), _training(training), _lineage(evaluation)],
+        _samples(samples),
+    )
+
+
+def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str]:
+    if evaluation["gate"] == "pass":
+        return "pass", "Gate: pass. The candidate may be promoted."
+    failed = [row["sentence"] for row in evaluation["gate_table"] if row["verdict"] == "fail"]
+    return "fail", "Gate: fail. " + " ".join(failed)
+
+
+def _gate(evaluation: Mapping[str, Any]) -> Section:
+    columns = ["measure", "verdict", "value", "low", "high", "required", "threshold", "in words"]
+    keys = ["measure", "verdict", "value", "low", "high", "relation", "threshold", "sentence"]
+    return Section(
+        "Gate",
+        ["Every row must pass; a number that is missing or not finite fails."],
+        [Table("", columns, [[row[key] for key in keys] for row in evaluation["gate_table"]])],
+    )
+
+
+def _win_rates(evaluation: Mapping[str, Any]) -> Section:
+    measures = evaluation["measures"]
+    rows: list[list[Cell]] = []
+    plotted = []
+    for other in ("sft", "champion"):
+        for scorer, said in SCORERS.items():
+            name = ("" if scorer == "judge" else f"{scorer}_") + f"win_rate_over_{other}"
+            if name in measures:
+                raw, controlled = measures[name], measures[f"{name}_length_controlled"]
+                rows.append([NAMES[other], said, interval_text(raw), interval_text(controlled)])
+                plotted += [
+                    (f"{NAMES[other]}, {_short(scorer)}", raw),
+                    (f"{NAMES[other]}, {_short(scorer)}, equal length", controlled),
+                ]
+    paragraphs = [
+        "Share of prompts on which the candidate's answer scores higher; ties count one half. The judge is a reward model "
+        "that was trained on other rankings and that PPO never saw: it alone enters the gate. The optimised reward model is "
+        "what PPO climbed; where it is far above the judge, PPO exploits its errors.",
+        "At equal length: from a logistic regression of the outcome on the difference of lengths.",
+    ]
+    if "true_win_rate_over_sft" in measures:
+        paragraphs.append("The true preference is known because the data are simulated. It is shown and never used by the gate.")
+        paragraphs += [
+            f"Rank correlation with the true preference over all answers: {SCORERS[scorer]} "
+            f"{interval_text(measures[f'{scorer}_truth_spearman'])}."
+            for scorer in ("judge", "reward")
+        ]
+    return Section(
+        "Win rates of the candidate",
+        paragraphs,
+        [Table("", ["over", "by", "win rate", "at equal length"], rows)],
+        [intervals("Win rates", "share of prompts won", plotted, reference=0.5)],
+    )
+
+
+def _short(scorer: str) -> str:
+    return {"judge": "judge", "reward": "reward", "true": "truth"}[scorer]
+
+
+def _policies(evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Section:
+    measures = evaluation["measures"]
+    policies = [name for name in NAMES if f"length_tokens_{name}" in measures]
+    rows: list[list[Cell]] = [
+        [said, *(interval_text(measures[f"{key}_{policy}"]) for policy in policies)]
+        for key, said in (
+            *((f"{scorer}_score", f"score by {said}") for scorer, said in SCORERS.items()),
+            ("length_tokens", "length in tokens"),
+            ("eos_fraction", "share that ends by itself"),
+            ("distinct_1", "distinct words"),
+            ("distinct_2", "distinct word pairs"),
+        )
+        if f"{key}_candidate" in measures
+    ]
+    kl = interval_text(measures["kl_reference"])
+    answers = {NAMES[policy]: [each["answers"][policy] for each in samples] for policy in policies}
+    scores = {
+        name: [math.nan if answer["scores"]["judge"] is None else answer["scores"]["judge"] for answer in given]
+        for name, given in answers.items()
+    }
+    return Section(
+        "The policies",
+        [f"KL of the candidate to SFT: {kl} nats per completion, on the candidate's own answers."],
+        [Table("Means", ["", *(NAMES[policy] for policy in policies)], rows)],
+        [
+            histogram("Lengths", "tokens", {name: [answer["tokens"] for answer in given] for name, given in answers.items()}),
+            histogram("Scores by the judge", "score", scores),
+        ],
+    )
+
+
+def _training(training: Sequence[Mapping[str, Any]]) -> Section:
+    if not training:
+        return Section("Training", ["The candidate's folder has no record of PPO updates (training.jsonl)."])
+    root = [_root(record.get("kl_reference")) for record in training]
+    chosen = [record for record in training if record.get("chosen") is True]
+    vertical = {"chosen update": float(chosen[-1]["update"])} if chosen and "update" in chosen[-1] else None
+    both = {
+        said: (root, [record.get(key) for record in training]) for key, said in (("reward", "reward"), ("judge_reward", "judge"))
+    }
+    return Section(
+        "Training with PPO",
+        [
+            "Reward and the judge's score of the same samples against the square root of the KL to SFT (Gao 2022). Where the "
+            "reward still rises and the judge falls, the reward model is over-optimised."
+        ],
+        (),
+        [lines("Reward against √KL", "√KL to SFT, √nats", "score", both, join=False), *learning_curves(training, vertical)],
+    )
+
+
+def _root(value: Any) -> float | None:
+    return math.sqrt(max(0.0, value)) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _lineage(evaluation: Mapping[str, Any]) -> Section:
+    names = ("candidate_uri", "sft_uri", "champion_uri", "champion_version", "reward_model_uri", "judge_model_uri", "snapshot_uri")
+    rows: list[list[Cell]] = [[name, str(evaluation[name])] for name in names if evaluation[name]]
+    settings: list[list[Cell]] = [[name, value] for name, value in evaluation["config"].items()]
+    prompts: list[list[Cell]] = [[name.replace("_", " "), count] for name, count in evaluation["prompts"].items()]
+    return Section(
+        "What was compared",
+        [],
+        [
+            Table("Artifacts", ["artifact", "where"], rows),
+            Table("Prompts", ["prompts", "count"], prompts),
+            Table("Configuration", ["key", "value"], settings),
+        ],
+    )
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> Samples | None:
+    if not samples:
+        return None
+    policies = [name for name in NAMES if name in samples[0]["answers"]]
+    scorers = [name for name in SCORERS if name in samples[0]["answers"]["candidate"]["scores"]]
+    columns = ["over SFT", "prompt"]
+    columns += ["over champion"] if "champion" in policies else []
+    for policy in policies:
+        columns += [NAMES[policy], *(f"{NAMES[policy]}: {_short(scorer)}" for scorer in scorers)]
+    rows: list[list[Cell]] = []
+    for each in samples[:SAMPLES_SHOWN]:
+        row: list[Cell] = [each["verdicts"]["sft"], _prompt_text(each["prompt"])]
+        row += [each["verdicts"]["champion"]] if "champion" in policies else []
+        for policy in policies:
+            answer = each["answers"][policy]
+            row += [answer["text"] + ("" if answer["ended"] else " […]"), *(answer["scores"][name] for name in scorers)]
+        rows.append(row)
+    more = f" The first {SAMPLES_SHOWN} of {len(samples)}; samples.jsonl has all." if len(samples) > SAMPLES_SHOWN else ""
+    return Samples(
+        "Samples side by side",
+        [f"Won, tied or lost by the judge. […] marks an answer that did not end within the budget.{more}"],
+        columns,
+        rows,
+        "over SFT",
+    )
+
+
+def _prompt_text(prompt: Sequence[Mapping[str, str]]) -> str:
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

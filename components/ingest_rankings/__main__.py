@@ -1,0 +1,3 @@
+from components.services.launch import main
+
+main("ingest_rankings")

@@ -1,0 +1,271 @@
+"""A row of any supported form as a `Ranking`.
+
+    rankloop  the record itself: `prompt`, `completions`, `ranks`, and any other field of `Ranking`
+    kway      the same with `scores` (higher is better), or with objects `{text, score | rank, policy?}` as completions
+    hh        `chosen` and `rejected` as "\\n\\nHuman: ...\\n\\nAssistant: ..." transcripts (Bai et al. 2022, arXiv:2204.05862)
+    pairs     `prompt`, `chosen`, `rejected` as texts or message lists; or whole conversations that share all but the last turn
+
+Nothing is repaired: what is not a ranking is `Rejected` with the value that is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import orjson
+
+from components.ingest_rankings.fields import (
+    check_completions,
+    check_prompt,
+    check_ranks,
+    confidence_of,
+    optional_text,
+    policies_of,
+    utc_time,
+)
+from components.ingest_rankings.rows import Rejected, shown
+from components.rlhf.records import ROLES, Message, Ranking, Split
+
+Format = Literal["rankloop", "kway", "hh", "pairs"]
+
+UNKNOWN_RATER = "unknown"
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TRANSCRIPT = re.compile(r"\s*(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_DETAILS = ("ranking_id", "rater_id", "source", "collected_at", "confidence", "policies", "criterion", "split")
+FIELDS: dict[Format, frozenset[str]] = {
+    "rankloop": frozenset({*_DETAILS, "prompt", "completions", "ranks"}),
+    "kway": frozenset({*_DETAILS, "prompt", "completions", "ranks", "scores"}),
+    "hh": frozenset({*_DETAILS, "chosen", "rejected"}),
+    "pairs": frozenset({*_DETAILS, "prompt", "chosen", "rejected"}),
+}
+COMPLETION_FIELDS = ("text", "rank", "score", "policy")
+
+
+class Parsed(NamedTuple):
+    """A row as a ranking, the form it had, and its fields that this form does not know."""
+
+    ranking: Ranking
+    form: Format
+    ignored: list[str]
+
+
+def parse(row: dict[str, Any], form: Format | Literal["auto"], source: str, test_fraction: float) -> Parsed:
+    """The ranking of a row.
+
+    Args:
+        row: field name to value; None is the same as missing.
+        form: how to read it; "auto" recognises each row by its own fields, so that the order of rows changes nothing.
+        source: the ranking's source where the row names none.
+        test_fraction: share of the openings whose rankings are held out, where the row names no split.
+
+    Raises:
+        Rejected: the row is not a ranking.
+    """
+    try:
+        return _parse(row, recognise(row) if form == "auto" else form, source, test_fraction)
+    except (UnicodeEncodeError, orjson.JSONEncodeError) as error:
+        raise Rejected("a text is not valid Unicode", str(error)) from error
+
+
+def _parse(row: dict[str, Any], form: Format, source: str, test_fraction: float) -> Parsed:
+    if form in ("hh", "pairs"):
+        prompt, completions = _pair(row, form)
+        ranks, policies = [1, 2], row.get("policies")
+    else:
+        prompt = _prompt(_needed(row, "prompt"))
+        completions, ranks, policies = _ranked(row, form)
+    check_prompt(prompt)
+    check_completions(completions)
+    check_ranks(ranks, len(completions))
+    content: dict[str, Any] = {
+        "prompt": prompt,
+        "completions": completions,
+        "ranks": ranks,
+        "rater_id": optional_text(row, "rater_id") or UNKNOWN_RATER,
+        "source": optional_text(row, "source") or source,
+        "collected_at": utc_time(row.get("collected_at")),
+        "confidence": confidence_of(row.get("confidence")),
+        "policies": policies_of(policies, len(completions)),
+        "criterion": optional_text(row, "criterion"),
+    }
+    digest = hashlib.sha256(canonical(content)).hexdigest()
+    ranking_id = optional_text(row, "ranking_id") or digest
+    ranking = Ranking(ranking_id=ranking_id, split=_split(row.get("split"), prompt, test_fraction), **content)
+    return Parsed(ranking, form, _ignored(row, form))
+
+
+def _ignored(row: dict[str, Any], form: Format) -> list[str]:
+    names = {str(key) for key, value in row.items() if key not in FIELDS[form] and value is not None}
+    for completion in row.get("completions") or [] if form == "kway" else []:
+        if isinstance(completion, dict):
+            names |= {f"completions[].{key}" for key in completion if key not in COMPLETION_FIELDS}
+    return sorted(names)
+
+
+def canonical(content: dict[str, Any]) -> bytes:
+    """JSON with sorted keys and no white space: equal contents have equal bytes."""
+    return orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
+
+
+def recognise(row: dict[str, Any]) -> Format:
+    """The form of a row by its fields and their types."""
+    given = {key for key, value in row.items() if value is not None}
+    if {"chosen", "rejected"} <= given:
+        texts = [row["chosen"], row["rejected"]]
+        transcripts = all(isinstance(text, str) for text in texts) and any(_TRANSCRIPT.match(text) for text in texts)
+        return "hh" if transcripts and "prompt" not in given else "pairs"
+    if "completions" in given:
+        plain = isinstance(row["completions"], list) and all(isinstance(each, str) for each in row["completions"])
+        return "rankloop" if plain and "scores" not in given else "kway"
+    raise Rejected(
+        "unknown form", f"fields {shown(sorted(str(key) for key in given))}; expected completions, or chosen and rejected"
+    )
+
+
+def opening(prompt: Sequence[Message]) -> str:
+    """The first thing that the user says; what the split goes by."""
+    return next(message["content"].strip() for message in prompt if message["role"] == "user")
+
+
+def _split(value: Any, prompt: list[Message], test_fraction: float) -> Split:
+    if value is None:
+        number = int.from_bytes(hashlib.sha256(opening(prompt).encode()).digest()[:8], "big")
+        return "test" if number < test_fraction * 2**64 else "train"
+    if value not in ("train", "test"):
+        raise Rejected("split is neither train nor test", shown(value))
+    return "train" if value == "train" else "test"
+
+
+# -- prompts and conversations -------------------------------------------------------------------------------------------
+
+
+def _needed(row: dict[str, Any], name: str) -> Any:
+    if row.get(name) is None:
+        raise Rejected(f"no {name}", f"fields {shown(sorted(map(str, row)))}")
+    return row[name]
+
+
+def _messages(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise Rejected(f"{name} is neither a text nor a list of messages", shown(value))
+    result: list[Message] = []
+    for each in value:
+        given = {key for key, item in each.items() if item is not None} if isinstance(each, dict) else set()
+        if given != {"role", "content"} or not isinstance(each["content"], str) or each["role"] not in ROLES:
+            raise Rejected(f"a message of {name} is not a role ({', '.join(ROLES)}) with a text as content", shown(each))
+        result.append({"role": each["role"], "content": each["content"]})
+    return result
+
+
+def _transcript(text: str, name: str) -> list[Message]:
+    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."; the white space around a turn belongs to the form, not to the turn."""
+    before, *parts = _TURN.split("\n\n" + text.lstrip())
+    if before.strip() or not parts or parts[0] != "Human":
+        raise Rejected(f"{name} is not a transcript that begins with a Human turn", shown(text))
+    return [{"role": _SPEAKERS[speaker], "content": turn.strip()} for speaker, turn in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _prompt(value: Any) -> list[Message]:
+    """A text is what the user says, unless it is a transcript up to an empty Assistant turn."""
+    if not isinstance(value, str):
+        return _messages(value, "prompt")
+    if not _TRANSCRIPT.match(value) or not value.startswith("\n\n"):
+        return [{"role": "user", "content": value}]
+    turns = _transcript(value, "prompt")
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def _conversation(value: Any, name: str, form: Format) -> list[Message]:
+    if isinstance(value, str):
+        if form == "hh" or (value.startswith("\n\n") and _TRANSCRIPT.match(value)):
+            return _transcript(value, name)
+        return [{"role": "assistant", "content": value}]
+    if form == "hh":
+        raise Rejected(f"{name} is not a transcript that begins with a Human turn", shown(value))
+    return _messages(value, name)
+
+
+def _pair(row: dict[str, Any], form: Format) -> tuple[list[Message], list[str]]:
+    """Prompt, and the chosen before the rejected completion. Both conversations may differ in the last turn only."""
+    chosen = _conversation(_needed(row, "chosen"), "chosen", form)
+    rejected = _conversation(_needed(row, "rejected"), "rejected", form)
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if not turns or turns[-1]["role"] != "assistant":
+            raise Rejected("conversation does not end with the assistant", f"last turn of {name}: {shown(turns[-1:])}")
+    if chosen[:-1] != rejected[:-1]:
+        pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+        turn = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)) - 1)
+        detail = f"turn {turn + 1}: {shown(chosen[turn]['content'])} and {shown(rejected[turn]['content'])}"
+        raise Rejected("conversations differ before the last turn", f"{detail}; {len(chosen)} and {len(rejected)} turns")
+    shared, completions = chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]]
+    given = row.get("prompt") if form == "pairs" else None
+    if given is None:
+        if not shared:
+            raise Rejected("no prompt", "neither a field prompt nor shared turns")
+        return shared, completions
+    prompt = _prompt(given)
+    said = shared if prompt[:1] and prompt[0]["role"] == "system" else [m for m in shared if m["role"] != "system"]
+    if shared and said[: len(prompt)] != prompt:
+        raise Rejected("chosen does not continue the prompt", f"{shown(prompt)} and {shown(shared)}")
+    return shared or prompt, completions
+
+
+# -- completions and their order -----------------------------------------------------------------------------------------
+
+
+def _ranked(row: dict[str, Any], form: Format) -> tuple[list[str], list[int], Any]:
+    """Completions, ranks and policies of a K-way row. Scores become competition ranks: 9, 7, 7, 1 is 1, 2, 2, 4."""
+    completions, policies = _needed(row, "completions"), row.get("policies")
+    if not isinstance(completions, list):
+        raise Rejected("completions are not a list", shown(completions))
+    ranks, scores = row.get("ranks"), row.get("scores") if form == "kway" else None
+    if form == "kway" and completions and all(isinstance(each, dict) for each in completions):
+        columns = {name: [each.get(name) for each in completions] for name in COMPLETION_FIELDS}
+        for name, outer in (("rank", ranks), ("score", scores), ("policy", policies)):
+            if outer is not None and any(item is not None for item in columns[name]):
+                raise Rejected(f"{name} given twice", "in the row and in its completions")
+        completions = columns["text"]
+        ranks = columns["rank"] if any(item is not None for item in columns["rank"]) else ranks
+        scores = columns["score"] if any(item is not None for item in columns["score"]) else scores
+        policies = columns["policy"] if any(item is not None for item in columns["policy"]) else policies
+    if ranks is None and scores is None:
+        raise Rejected("no ranks" if form == "rankloop" else "neither ranks nor scores", f"{len(completions)} completions")
+    if ranks is not None:
+        ranks = _whole_numbers(ranks)
+    if scores is not None:
+        by_score = _ranks_of_scores(scores)
+        if ranks is not None and _dense(ranks) != _dense(by_score):
+            raise Rejected("ranks and scores disagree", f"{shown(ranks)} and {shown(scores)}")
+        return completions, by_score if ranks is None else ranks, policies
+    return completions, _whole_numbers(ranks), policies
+
+
+def _whole_numbers(ranks: Any) -> list[int]:
+    """Ranks as integers; 2.0 is one, as tables with a missing value store it; True, "2" and 1.5 are not."""
+    if not isinstance(ranks, list):
+        raise Rejected("ranks are not a list", shown(ranks))
+    for rank in ranks:
+        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or (isinstance(rank, float) and not rank.is_integer()):
+            raise Rejected("a rank is not an integer", shown(rank))
+    return [int(rank) for rank in ranks]
+
+
+def _ranks_of_scores(scores: Any) -> list[int]:
+    if not isinstance(scores, list):
+        raise Rejected("scores are not a list", shown(scores))
+    for score in scores:
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < math.inf:
+            raise Rejected("a score is not a finite number", shown(score))
+    ordered = sorted(scores, reverse=True)
+    first = {score: place + 1 for place, score in reversed(list(enumerate(ordered)))}
+    return [first[score] for score in scores]
+
+
+def _dense(ranks: list[int]) -> list[int]:
+    places = {rank: place for place, rank in enumerate(sorted(set(ranks)), 1)}
+    return [places[rank] for rank in ranks]

@@ -1,0 +1,214 @@
+"""The snapshot: rankings sorted by digest, without duplicates, as Parquet files, in memory that does not grow with their number.
+
+An external sort. Each ranking becomes canonical JSON, whose SHA-256 is the record's digest, and is appended to one of 64 files on
+disk by the digest's first bits. Each file is then sorted by digest alone (some 150 bytes a record) and its records are copied in
+that order into Parquet. The snapshot's digest is the SHA-256 of the record digests in order, so it depends on which rankings
+there are, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.ingest_rankings.formats import canonical
+from components.rlhf.records import SCHEMA, Ranking, prompt_key
+
+RECORD_FILES = 64  # with 10 million rankings 160,000 digests are sorted at a time, in 25 MB
+COUNT_FILES = 16  # of prompts, and of raters; 96 open files are well below the 256 that some systems allow a process
+DIGEST_BYTES = 32
+GROUP_ROWS, GROUP_BYTES = 1000, 2 * 2**20  # of a Parquet row group, in records and their JSON
+PART_ROWS, PART_BYTES = 200_000, 256 * 2**20  # of a Parquet file
+_BUFFER_BYTES = 2**14  # of each partition's file
+
+
+class Snapshot(NamedTuple):
+    """What was written. `marker`, the content of `rankloop.json`, depends on the rankings only."""
+
+    digest: str
+    rankings: int
+    marker: dict[str, Any]
+
+
+class _Partitions:
+    """Append-only files; what is written goes to one of them by the first bits of its first byte."""
+
+    def __init__(self, folder: Path, files: int) -> None:
+        folder.mkdir(parents=True)
+        self._width = 256 // files
+        self.paths = [folder / f"{number:02x}" for number in range(files)]
+        self._files = [open(path, "wb", buffering=_BUFFER_BYTES) for path in self.paths]
+
+    def append(self, data: bytes) -> None:
+        self._files[data[0] // self._width].write(data)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+class SnapshotWriter:
+    """Takes rankings in any order; `write` makes the Parquet files.
+
+    Args:
+        folder: an empty folder on a disk that holds all rankings as JSON.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.added = 0
+        self._records = _Partitions(folder / "records", RECORD_FILES)
+        self._prompts = _Partitions(folder / "prompts", COUNT_FILES)
+        self._raters = _Partitions(folder / "raters", COUNT_FILES)
+
+    def __enter__(self) -> SnapshotWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for partitions in (self._records, self._prompts, self._raters):
+            partitions.close()
+
+    def add(self, ranking: Ranking) -> None:
+        record = canonical(ranking._asdict())
+        self._records.append(hashlib.sha256(record).digest() + len(record).to_bytes(4, "big") + record)
+        self._prompts.append(bytes.fromhex(prompt_key(ranking.prompt)))
+        self._raters.append(hashlib.sha256(ranking.rater_id.encode()).digest())
+        self.added += 1
+
+    def sorted_records(self) -> Iterator[tuple[bytes, bytes]]:
+        """(digest, canonical JSON) of every distinct ranking, in order of digest. To be read once: files go when done."""
+        self._close()
+        for path in self._records.paths:
+            with open(path, "rb") as file:
+                places = _places(file)
+                last = b""
+                for digest, start, size in sorted(places):
+                    if digest != last:
+                        yield digest, os.pread(file.fileno(), size, start)
+                    last = digest
+            path.unlink()
+
+    def write(self, records: Iterable[tuple[bytes, bytes]], folder: Path) -> Snapshot:
+        """Writes `records` (those of `sorted_records`) to `folder/part-*.parquet`."""
+        whole, facts = hashlib.sha256(), _Facts()
+        with _Parts(folder) as parts:
+            for digest, record in records:
+                whole.update(digest)
+                row = orjson.loads(record)
+                facts.count(row)
+                parts.append(row, len(record))
+        marker = {
+            "role": "rankings",
+            "digest": whole.hexdigest(),
+            "prompts": _distinct(self._prompts),
+            "raters": _distinct(self._raters),
+            **facts.summary(),
+        }
+        return Snapshot(whole.hexdigest(), facts.rankings, marker)
+
+
+def _places(file: io.BufferedReader[Any]) -> list[tuple[bytes, int, int]]:
+    """(digest, offset, size) of each record of a partition."""
+    places = []
+    offset = 0
+    while head := file.read(DIGEST_BYTES + 4):
+        size = int.from_bytes(head[DIGEST_BYTES:], "big")
+        offset += len(head)
+        places.append((head[:DIGEST_BYTES], offset, size))
+        offset = file.seek(size, os.SEEK_CUR)
+    return places
+
+
+def _distinct(partitions: _Partitions) -> int:
+    """How many different digests were written."""
+    return sum(len(set(_digests(path))) for path in partitions.paths)
+
+
+def _digests(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while digest := file.read(DIGEST_BYTES):
+            yield digest
+
+
+class _Facts:
+    """What a snapshot's marker tells, counted ranking by ranking."""
+
+    def __init__(self) -> None:
+        self.rankings = self.pairs = 0
+        self.sizes: Counter[int] = Counter()
+        self.splits: Counter[str] = Counter({"train": 0, "test": 0})
+        self.sources: Counter[str] = Counter()
+
+    def count(self, row: dict[str, Any]) -> None:
+        counts = Counter(row["ranks"])
+        k = len(row["ranks"])
+        self.rankings += 1
+        self.pairs += (k * (k - 1) - sum(n * (n - 1) for n in counts.values())) // 2
+        self.sizes[k] += 1
+        self.splits[row["split"]] += 1
+        self.sources[row["source"]] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """`pairs`: strict preferences; `completions_per_ranking`: K to number of rankings."""
+        return {
+            "rankings": self.rankings,
+            "pairs": self.pairs,
+            "completions_per_ranking": {str(k): n for k, n in sorted(self.sizes.items())},
+            "splits": dict(self.splits),
+            "sources": dict(sorted(self.sources.items())),
+        }
+
+
+class _Parts:
+    """Appends rows to Parquet files of bounded size, in row groups of bounded size."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = self._part_rows = self._part_bytes = self._parts = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> _Parts:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._flush()
+        self._end_part()
+
+    def append(self, row: dict[str, Any], size: int) -> None:
+        self._rows.append(row)
+        self._bytes += size
+        if len(self._rows) >= GROUP_ROWS or self._bytes >= GROUP_BYTES:
+            self._flush()
+            if self._part_rows >= PART_ROWS or self._part_bytes >= PART_BYTES:
+                self._end_part()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        if self._writer is None:
+            path = self._folder / f"part-{self._parts:05d}.parquet"
+            self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+            self._parts, self._part_rows, self._part_bytes = self._parts + 1, 0, 0
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA))
+        self._part_rows, self._part_bytes = self._part_rows + len(self._rows), self._part_bytes + self._bytes
+        self._rows, self._bytes = [], 0
+
+    def _end_part(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,258 @@
+"""Where rankings come from: a local file or folder, an S3 prefix, or a dataset of the Hugging Face hub.
+
+    rankings.jsonl.gz, data/              a file; or a folder with its sub-folders, or one that `Dataset.save_to_disk` wrote
+    s3://bucket/key, s3://bucket/prefix   an object, or every object below `prefix/`, listed page by page
+    hf://name[@revision][:split]          read as a stream through the `datasets` library; all splits where none is named
+
+In a folder or below a prefix only names that end in a data suffix are read; a licence or a README beside them is listed as
+skipped. A file that is named itself is always read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from components.ingest_rankings.rows import TABLE_ROWS, Row, read_rows, table_rows
+from components.services.exits import DoNotRetry, Retry
+from components.services.storage import MARKER, Storage, StoredObject
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+SAVED_DATASET = "dataset_info.json"  # what marks a folder of `Dataset.save_to_disk`
+SAVED_DATASETS = "dataset_dict.json"  # and one of `DatasetDict.save_to_disk`
+_ABOUT_DATA = {MARKER, SAVED_DATASET, SAVED_DATASETS, "dataset_infos.json", "state.json"}
+
+_log = logging.getLogger(__name__)
+
+
+class SourceFile(NamedTuple):
+    """One file (or one split of a dataset). `rows` opens it and yields its rows."""
+
+    uri: str
+    rows: Callable[[], Iterator[Row]]
+
+
+class Source(NamedTuple):
+    """What will be read, in order of name, and what lies beside it and will not."""
+
+    files: list[SourceFile]
+    skipped: list[str]
+
+
+class _HubName(NamedTuple):
+    name: str
+    revision: str | None
+    split: str | None
+
+
+def find_source(uri: str, storage: Storage, scratch: Path, max_row_bytes: int) -> Source:
+    """The files of a source; none of them is opened yet.
+
+    Raises:
+        DoNotRetry: there is nothing at `uri`, or no data file in it.
+        Retry: the object store or the hub cannot be reached.
+    """
+    if uri.startswith("s3://"):
+        objects, skipped = _objects(uri, storage)
+        files = [SourceFile(o.uri, partial(_object_rows, o.uri, storage, scratch, max_row_bytes)) for o in objects]
+    elif uri.startswith("hf://"):
+        files, skipped = _hub_files(_hub_name(uri)), []
+    else:
+        folder = _local_path(uri)
+        if _is_saved_dataset(folder):
+            files, skipped = _saved_files(folder), []
+        else:
+            paths, skipped = _paths(folder)
+            files = [SourceFile(str(p), partial(_local_rows, p, scratch, max_row_bytes)) for p in paths]
+    if not files:
+        beside = f"; skipped: {', '.join(skipped[:5])}" if skipped else ""
+        raise DoNotRetry(f"rankings = {uri!r}: no data file there{beside}", f"give files that end in {', '.join(SUFFIXES)}")
+    return Source(files, skipped)
+
+
+def source_fingerprint(uri: str) -> str:
+    """A digest that changes whenever the content of a source does, for the orchestrator's cache key.
+
+    S3: names, sizes and ETags; local files: names and SHA-256 of the content; hub: the revision's commit, and the revision as
+    it is written where the hub does not answer.
+
+    Raises:
+        DoNotRetry, Retry: as `find_source`.
+    """
+    digest = hashlib.sha256()
+    if uri.startswith("s3://"):
+        for item in _objects(uri, Storage())[0]:
+            digest.update(f"{item.uri}\0{item.size_bytes}\0{item.etag}\n".encode())
+    elif uri.startswith("hf://"):
+        hub = _hub_name(uri)
+        if Path(hub.name).exists():
+            return source_fingerprint(hub.name)
+        digest.update(f"{hub.name}\0{_hub_commit(hub)}\0{hub.split}".encode())
+    else:
+        folder = _local_path(uri)
+        paths = sorted(p for p in folder.rglob("*") if p.is_file()) if _is_saved_dataset(folder) else _paths(folder)[0]
+        for path in paths:
+            name = path.name if path == folder else path.relative_to(folder).as_posix()
+            with _opened(path) as file:
+                digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_data(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and name not in _ABOUT_DATA
+
+
+# -- local -----------------------------------------------------------------------------------------------------------------
+
+
+def _local_path(uri: str) -> Path:
+    if "://" in uri:
+        raise DoNotRetry(f"rankings = {uri!r}: unknown scheme", "give a local path, s3://bucket/prefix or hf://name")
+    path = Path(uri).expanduser()
+    if not uri or not path.exists():
+        raise DoNotRetry(f"rankings = {uri!r}: no such file or folder", f"check the path; it is taken from {Path.cwd()}")
+    return path
+
+
+def _paths(path: Path) -> tuple[list[Path], list[str]]:
+    """Data files and the others; hidden files and folders (`.git`, `.cache`) count as neither."""
+    if not path.is_dir():
+        return [path], []
+    seen = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    inside = sorted(p for p in seen if p.is_file())
+    return [p for p in inside if _is_data(p.name)], [str(p) for p in inside if not _is_data(p.name)]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return open(path, "rb")
+    except PermissionError as error:
+        raise DoNotRetry(f"{path} cannot be read: {error.strerror}", "give this user the right to read it") from error
+
+
+def _local_rows(path: Path, scratch: Path, max_row_bytes: int) -> Iterator[Row]:
+    with _opened(path) as stream:
+        yield from read_rows(stream, str(path), scratch, max_row_bytes)
+
+
+# -- S3 --------------------------------------------------------------------------------------------------------------------
+
+
+def _objects(uri: str, storage: Storage) -> tuple[list[StoredObject], list[str]]:
+    """The object of that very name, or the data files below `uri/`; `data` never means `data-old/`."""
+    prefix = uri.rstrip("/") + "/"
+    below: list[StoredObject] = []
+    for item in storage.list(uri if uri.endswith("/") else uri.rstrip("/")):
+        if item.uri == uri and not uri.endswith("/"):
+            return [item], []
+        if item.uri.startswith(prefix) and not item.uri.endswith("/"):
+            below.append(item)
+    if not below:
+        raise DoNotRetry(f"rankings = {uri!r}: no such object, and none below {prefix}", "check the bucket and the key")
+    names = {item.uri: PurePosixPath(item.uri).name for item in below}
+    return [o for o in below if _is_data(names[o.uri])], [o.uri for o in below if not _is_data(names[o.uri])]
+
+
+def _object_rows(uri: str, storage: Storage, scratch: Path, max_row_bytes: int) -> Iterator[Row]:
+    with storage.open_read(uri) as stream:
+        yield from read_rows(stream, uri, scratch, max_row_bytes)
+
+
+# -- datasets --------------------------------------------------------------------------------------------------------------
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    if (folder / SAVED_DATASETS).is_file():
+        return True
+    return (folder / SAVED_DATASET).is_file() and (folder / "state.json").is_file()
+
+
+def _saved_files(folder: Path) -> list[SourceFile]:
+    """The dataset of a folder, or its splits; the files are mapped into memory, not read into it."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise DoNotRetry(f"{folder} is not a complete folder of Dataset.save_to_disk: {error}", "save it again") from error
+    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"": loaded}
+    return [
+        SourceFile(f"{folder}:{name}" if name else str(folder), partial(_saved_rows, split))
+        for name, split in sorted(splits.items())
+    ]
+
+
+def _saved_rows(dataset: Any) -> Iterator[Row]:
+    tables = dataset.with_format("arrow").iter(batch_size=TABLE_ROWS)
+    return table_rows(batch for table in tables for batch in table.combine_chunks().to_batches())
+
+
+def _hub_name(uri: str) -> _HubName:
+    name, _, split = uri.removeprefix("hf://").partition(":")
+    name, _, revision = name.partition("@")
+    if not name:
+        raise DoNotRetry(f"rankings = {uri!r} names no dataset", "give it as hf://name[@revision][:split]")
+    return _HubName(name, revision or None, split or None)
+
+
+def _hub_files(hub: _HubName) -> list[SourceFile]:
+    from datasets import IterableDatasetDict, load_dataset
+
+    with _HubErrors(hub):
+        loaded = load_dataset(hub.name, revision=hub.revision, split=hub.split, streaming=True)
+    splits = dict(loaded) if isinstance(loaded, IterableDatasetDict) else {hub.split: loaded}
+    revision = f"@{hub.revision}" if hub.revision else ""
+    return [
+        SourceFile(f"hf://{hub.name}{revision}:{name}", partial(_hub_rows, hub, split)) for name, split in sorted(splits.items())
+    ]
+
+
+def _hub_rows(hub: _HubName, dataset: Any) -> Iterator[Row]:
+    with _HubErrors(hub):
+        for number, value in enumerate(dataset, 1):
+            yield Row(number, value, value)
+
+
+def _hub_commit(hub: _HubName) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(hub.name, revision=hub.revision, timeout=10).sha)
+    except Exception as error:
+        if not _is_network(error) and not isinstance(error, (OSError, ValueError, RuntimeError)):
+            raise
+        _log.warning("the hub does not tell the revision of %s (%s): a cached result may be older than it", hub.name, error)
+        return str(hub.revision)
+
+
+def _is_network(error: BaseException) -> bool:
+    """By module for the HTTP libraries, of which the hub's client has used three and does not export the errors."""
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, (ConnectionError, TimeoutError)) or library in ("httpx", "httpx2", "requests", "aiohttp", "fsspec")
+
+
+class _HubErrors:
+    """Turns what the hub and its libraries raise into `Retry` (network) or `DoNotRetry` (no such dataset, split or revision)."""
+
+    def __init__(self, hub: _HubName) -> None:
+        self._hub = hub
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from datasets.exceptions import DatasetsError
+
+        named = f"hf://{self._hub.name}"
+        remedy = "check name, revision and split; a private dataset needs HF_TOKEN"
+        if isinstance(error, (DatasetsError, FileNotFoundError, ValueError, KeyError)):
+            raise DoNotRetry(f"{named} cannot be read: {error}", remedy) from error
+        if error is not None and _is_network(error):
+            raise Retry(f"the hub cannot be reached for {named}: {error}", "check the network, HF_ENDPOINT and proxies") from error
+        if isinstance(error, RuntimeError):
+            raise DoNotRetry(f"{named} cannot be read: {error}", remedy) from error

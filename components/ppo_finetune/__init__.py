@@ -1,0 +1,1 @@
+"""Stage: PPO against the reward model, watched by the judge."""

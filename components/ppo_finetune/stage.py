@@ -1,0 +1,379 @@
+"""PPO against the reward model, watched by a judge that is never optimised.
+
+Goes in:  the SFT policy, the reward model, the judge, and the snapshot whose prompts are answered.
+Comes out: the policy of the update that the judge liked best, as a plain Hugging Face folder on S3, with `training.jsonl`.
+Alone:    python -m components.ppo_finetune --snapshot-uri s3://… --sft-uri s3://… --reward-model-uri s3://… --judge-model-uri s3://…
+
+Ouyang 2022, section 3.5; when to stop follows Gao 2022: where the reward still rises and the judge's falls, the reward model is being
+exploited.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+
+from components.ppo_finetune.roles import Roles, load_roles, save_policy
+from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optimise, roll_out, statistics
+from components.rlhf.models import context_tokens
+from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
+from components.rlhf.ppo import next_beta
+from components.rlhf.records import iterate_snapshot, prompt_key
+from components.rlhf.tokens import PromptTooLong, encode_prompt
+from components.services.checkpoints import Checkpoints
+from components.services.exits import DoNotRetry
+from components.services.launch import Context, Settings
+
+_log = logging.getLogger(__name__)
+
+
+class Config(Settings):
+    updates: int = Field(50, ge=1)
+    """PPO updates, each with fresh completions."""
+    batch_prompts: int = Field(64, ge=2)
+    """Prompts, and so completions, of one update."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Budget of a completion, in tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; log-probabilities are taken at it too."""
+    no_eos_score: float = -3.0
+    """Score of a completion without EOS, instead of the reward model's; in deviations of its scores."""
+    epochs: int = Field(4, ge=1)
+    """Passes over the completions of an update."""
+    minibatches: int = Field(1, ge=1)
+    """Optimiser steps of one pass."""
+    micro_batch_tokens: int = Field(8192, ge=64)
+    """Tokens in one forward pass, padding included; changes memory and speed, not the gradient."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak learning rate of the policy."""
+    value_learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of the value model."""
+    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    """Share of the steps in which the learning rates rise."""
+    beta: float = Field(0.05, ge=0)
+    """Coefficient of the KL penalty at the start, in deviations of the score per nat."""
+    kl_target: float = Field(0.0, ge=0)
+    """KL to the reference that beta is steered to, in nats per completion; 0 keeps beta fixed."""
+    kl_horizon: int = Field(2000, ge=1)
+    """Completions over which beta can change by 20 %."""
+    max_kl_reference: float = Field(50.0, gt=0)
+    """KL per completion, in nats, beyond which the run has blown up and fails."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount per token."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """Lambda of generalised advantage estimation."""
+    clip: float = Field(0.2, gt=0)
+    """How far the policy's ratio may leave 1 before its gradient stops."""
+    value_clip: float = Field(0.2, gt=0)
+    """How far the value may leave the old value, in deviations of the score."""
+    value_coefficient: float = Field(0.1, gt=0)
+    """Weight of the value loss."""
+    whiten_rewards: bool = False
+    """Scale the per-token rewards to variance 1, keeping their mean."""
+    critic_warmup_updates: int = Field(0, ge=0)
+    """Updates at the start in which only the value model learns."""
+    judge_window: int = Field(5, ge=1)
+    """Updates over which reward and judge are averaged before they are compared."""
+    judge_tolerance: float = Field(0.3, gt=0)
+    """How far the judge may fall from its best while the reward rises, in deviations of its scores, before PPO stops."""
+    max_same_answer_fraction: float = Field(0.5, gt=0, le=1)
+    """Share of an update's completions that may be one and the same text before the run counts as collapsed."""
+    lora_rank: int = Field(0, ge=0)
+    """Rank of the policy's LoRA adapter; 0 trains all weights. Needs reward models with adapters."""
+    lora_alpha: int = Field(32, ge=1)
+    """LoRA's alpha: updates are scaled by alpha / rank."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights; bfloat16 only with an adapter, whose own weights stay float32."""
+    seed: int = 0
+    """Seed of the sampling; the order of the prompts has a stream of its own."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of torch; 0 leaves its default."""
+    checkpoint_seconds: float = Field(60.0, ge=0)
+    """Time between checkpoints, in seconds; 0 saves one after every update."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.precision == "bfloat16" and not self.lora_rank:
+            raise ValueError("precision bfloat16 without an adapter loses small steps: set lora_rank, or float32")
+        if self.minibatches > self.batch_prompts:
+            raise ValueError(f"{self.minibatches} minibatches of {self.batch_prompts} prompts")
+        return self
+
+
+class Inputs(Settings):
+    snapshot_uri: str
+    """Snapshot of rankings: the prompts of its train split are answered."""
+    sft_uri: str
+    """Policy that train_sft made: where PPO starts, and its reference."""
+    reward_model_uri: str
+    """Reward model that is optimised."""
+    judge_model_uri: str
+    """Reward model trained on other rankings, which watches."""
+
+
+class Outputs(NamedTuple):
+    policy_uri: str
+
+
+class Progress:
+    """Everything of a run that changes, and so everything that a checkpoint holds.
+
+    Attributes:
+        update: the next one; the number of updates done.
+        beta: the KL coefficient.
+        history: what was logged, update by update.
+        before: the policy's weights before the last update: those that its rollouts measured.
+        best: the policy's weights before the update whose smoothed judge reward was highest.
+    """
+
+    def __init__(self, config: Config, roles: Roles) -> None:
+        steps = config.updates * config.epochs * config.minibatches
+        self.roles = roles
+        self.optimisers = Optimisers(
+            Optimiser(
+                roles.policy.trainable,
+                learning_rate=config.learning_rate,
+                steps=steps - config.critic_warmup_updates * config.epochs * config.minibatches,
+                warmup_fraction=config.warmup_fraction,
+            ),
+            Optimiser(
+                roles.value.trainable,
+                learning_rate=config.value_learning_rate,
+                steps=steps,
+                warmup_fraction=config.warmup_fraction,
+            ),
+        )
+        self.update = 0
+        self.beta = config.beta
+        self.history: list[dict[str, Any]] = []
+        self.before: list[torch.Tensor] = []
+        self.best: list[torch.Tensor] = []
+        self.best_update = 0
+        # Sampling and the order of the rows draw from streams of their own.
+        self.sampling = torch.Generator().manual_seed(config.seed * 1_000_003 + 1)
+        self.order = torch.Generator().manual_seed(config.seed * 1_000_003 + 2)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "update": self.update,
+            "beta": self.beta,
+            "history": self.history,
+            "best": self.best,
+            "best_update": self.best_update,
+            "policy": weights_of(self.roles.policy.trainable),
+            "value": weights_of(self.roles.value.trainable),
+            "policy_optimiser": self.optimisers.policy.state(),
+            "value_optimiser": self.optimisers.value.state(),
+            "sampling": self.sampling.get_state(),
+            "order": self.order.get_state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.update, self.beta, self.history = state["update"], state["beta"], state["history"]
+        self.best, self.best_update = state["best"], state["best_update"]
+        load_weights(self.roles.policy.trainable, state["policy"])
+        load_weights(self.roles.value.trainable, state["value"])
+        self.optimisers.policy.load(state["policy_optimiser"])
+        self.optimisers.value.load(state["value_optimiser"])
+        self.sampling.set_state(state["sampling"])
+        self.order.set_state(state["order"])
+
+
+def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
+    """1. load the roles and the prompts; 2. update; 3. take the policy that the judge liked best; 4. publish."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    uri = context.uri("policies")
+    if context.storage.is_published(uri):
+        _log.info("this very policy is published already: %s", uri)
+        return Outputs(uri)
+
+    # 1. Roles and prompts.
+    folders = {name: context.scratch / name for name in ("snapshot", "sft", "reward", "judge")}
+    for folder, source in zip(
+        folders.values(), (inputs.snapshot_uri, inputs.sft_uri, inputs.reward_model_uri, inputs.judge_model_uri), strict=True
+    ):
+        context.storage.fetch_folder(source, folder)
+    roles = load_roles(
+        folders["sft"],
+        folders["reward"],
+        folders["judge"],
+        precision=config.precision,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        seed=config.seed,
+    )
+    prompts, left_out = read_prompts(config, roles, folders["snapshot"])
+    _log.info("%d prompts; one of them: %s", len(prompts), " ".join(roles.tokenizer.convert_ids_to_tokens(prompts[0])))
+
+    # 2. Updates.
+    progress = Progress(config, roles)
+    why = train(config, progress, prompts, context)
+
+    # 3. The best policy, by the judge.
+    load_weights(roles.policy.trainable, progress.best)
+    chosen = progress.history[progress.best_update]
+    for each in progress.history:
+        each["chosen"] = each["update"] == progress.best_update
+
+    # 4. Publish.
+    folder = context.scratch / "policy"
+    save_policy(roles, folders["sft"], folder)
+    training = folder / "training.jsonl"
+    training.write_text("".join(json.dumps(each) + "\n" for each in progress.history), encoding="utf-8")
+    context.tracker.artifact(training)
+    facts = {
+        "stopped": why,
+        "chosen_update": progress.best_update,
+        "updates": progress.update,
+        "prompts": len(prompts),
+        "left_out_prompts": left_out,
+        "chosen": chosen,
+    }
+    parents = {"snapshot": inputs.snapshot_uri, "sft": inputs.sft_uri, "reward_model": inputs.reward_model_uri}
+    parents["judge_model"] = inputs.judge_model_uri
+    context.storage.publish_folder(folder, uri, context.marker("policy", **facts, parents=parents))
+    Checkpoints(context, "ppo", config.checkpoint_seconds).clear()
+    first = progress.history[0]
+    context.summary.update(
+        updates=progress.update,
+        chosen_update=progress.best_update,
+        stopped=why,
+        reward_before=first["reward"],
+        reward=chosen["reward"],
+        judge_reward_before=first["judge_reward"],
+        judge_reward=chosen["judge_reward"],
+        kl_reference=chosen["kl_reference"],
+    )
+    return Outputs(uri)
+
+
+def read_prompts(config: Config, roles: Roles, snapshot: Path) -> tuple[list[list[int]], int]:
+    """Distinct prompts of the train split as token ids, and how many were left out because they do not fit.
+
+    Raises:
+        DoNotRetry: there are fewer than one update needs.
+    """
+    limit = context_tokens(roles.model) - config.max_new_tokens
+    distinct = {prompt_key(r.prompt): r.prompt for r in iterate_snapshot(snapshot, "train")}
+    prompts, left_out, cut = [], 0, 0
+    for key in sorted(distinct):
+        try:
+            ids, was_cut = encode_prompt(roles.tokenizer, distinct[key], limit)
+        except PromptTooLong:
+            left_out += 1
+            continue
+        cut += was_cut
+        prompts.append(ids)
+    if left_out or cut:
+        _log.warning("%d prompts do not fit %d tokens and are left out; %d were cut at the front", left_out, limit, cut)
+    if len(prompts) < config.batch_prompts:
+        raise DoNotRetry(
+            f"{len(prompts)} prompts fit the context, and one update takes {config.batch_prompts}",
+            "bring more rankings, or lower ppo_finetune.batch_prompts or max_new_tokens",
+        )
+    return prompts, left_out
+
+
+def train(config: Config, progress: Progress, prompts: list[list[int]], context: Context) -> str:
+    """Updates until the number is reached or the judge falls; gives the reason for the end.
+
+    The rollouts of update u measure the policy before it, so one more than the updates is needed to measure the last.
+    """
+    checkpoints = Checkpoints(context, "ppo", config.checkpoint_seconds)
+    if saved := checkpoints.load():
+        progress.load(saved)
+        _log.info("continuing after update %d", progress.update)
+    order = data_order(len(prompts), (config.updates + 1) * config.batch_prompts, config.seed)
+    with context.deferred_stop() as stop:
+        todo = range(progress.update, config.updates + 1)
+        for update in context.progress.track(todo, config.updates + 1, "updates", start=progress.update):
+            chosen = order[update * config.batch_prompts : (update + 1) * config.batch_prompts]
+            one_update(config, progress, [prompts[i] for i in chosen], last=update == config.updates)
+            row = progress.history[-1]
+            context.tracker.metrics({k: v for k, v in row.items() if isinstance(v, float)}, update)
+            check(config, row)
+            keep_best(config, progress)
+            if over_optimised(config, progress):
+                _log.warning("the judge's reward falls while the reward rises: stopped after update %d", update)
+                return "over_optimised"
+            progress.update = min(update + 1, config.updates)
+            if update < config.updates and (stop.is_set() or checkpoints.due()):
+                checkpoints.save(progress.state())
+            if stop.is_set():
+                context.leave()
+    return "finished"
+
+
+def one_update(config: Config, progress: Progress, prompts: list[list[int]], last: bool) -> None:
+    """Rolls out, measures and, unless it is the last, optimises; appends a row to the history."""
+    watch = Stopwatch()
+    progress.before = [weights.clone() for weights in weights_of(progress.roles.policy.trainable)]
+    completions = roll_out(config, progress.roles, prompts, progress.sampling)
+    watch.lap("rollout")
+    experience = look_at(config, progress.roles, completions)
+    watch.lap("score")
+    row: dict[str, Any] = {"update": len(progress.history), **statistics(experience), "beta": progress.beta}
+    if not last:
+        row["learning_rate"] = progress.optimisers.policy.learning_rate
+        critic_only = len(progress.history) < config.critic_warmup_updates
+        row |= optimise(
+            config, progress.roles, progress.optimisers, experience, progress.beta, progress.order, critic_only=critic_only
+        )
+        watch.lap("optimise")
+    seconds = sum(watch.seconds.values())
+    row |= {**watch.seconds, "tokens_per_second": float(experience.batch.completion_mask_BT.sum()) / seconds}
+    if config.kl_target:
+        progress.beta = next_beta(
+            progress.beta, row["kl_reference"], target=config.kl_target, samples=len(prompts), horizon=config.kl_horizon
+        )
+    progress.history.append(row)
+
+
+def check(config: Config, row: dict[str, Any]) -> None:
+    """Ends a run that has gone wrong.
+
+    Raises:
+        DoNotRetry: a number that is not finite, a KL that blew up, or one answer to everything; it says which.
+    """
+    bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    if bad:
+        raise DoNotRetry(f"PPO diverged at update {row['update']}: {', '.join(bad)} not finite", "lower ppo_finetune.learning_rate")
+    if row["kl_reference"] > config.max_kl_reference:
+        raise DoNotRetry(
+            f"KL blow-up at update {row['update']}: {row['kl_reference']:.1f} nats to the reference, over {config.max_kl_reference}",
+            "raise ppo_finetune.beta, set kl_target, or lower the learning rate",
+        )
+    if row["same_answer_fraction"] > config.max_same_answer_fraction:
+        raise DoNotRetry(
+            f"collapse at update {row['update']}: {row['same_answer_fraction']:.0%} of the completions are one and the same text",
+            "raise ppo_finetune.beta or lower the learning rate",
+        )
+
+
+def smoothed(history: list[dict[str, Any]], key: str, window: int) -> float:
+    """Mean of the last `window` updates."""
+    values = [row[key] for row in history[-window:]]
+    return sum(values) / len(values)
+
+
+def keep_best(config: Config, progress: Progress) -> None:
+    """Keeps the policy of this update if the judge's smoothed reward is the highest so far."""
+    row = progress.history[-1]
+    row["judge_smoothed"] = smoothed(progress.history, "judge_reward", config.judge_window)
+    row["reward_smoothed"] = smoothed(progress.history, "reward", config.judge_window)
+    if row["judge_smoothed"] >= max(each["judge_smoothed"] for each in progress.history):
+        progress.best, progress.best_update = progress.before, row["update"]
+
+
+def over_optimised(config: Config, progress: Progress) -> bool:
+    """Whether the judge has fallen from its best while the reward has risen since."""
+    now, best = progress.history[-1], progress.history[progress.best_update]
+    fell = now["judge_smoothed"] < best["judge_smoothed"] - config.judge_tolerance
+    return bool(fell and now["reward_smoothed"] > best["reward_smoothed"])

@@ -1,0 +1,255 @@
+"""One PPO update: roll out, score, estimate advantages, optimise. The steps stand in the paper's order.
+
+Shapes: B completions of one update, T positions of right-padded prompt + completion.
+
+Ouyang 2022, section 3.5 and appendix C.3; the details follow Huang 2024 (2403.17031).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from components.ppo_finetune.roles import Roles
+from components.rlhf import ppo
+from components.rlhf.models import Role
+from components.rlhf.optimisation import Optimiser
+from components.rlhf.reward import score_tokens
+from components.rlhf.rollout import Completion, sample_tokens, to_completion, token_logprobs
+from components.rlhf.tokens import Batch, length_batches, right_pad
+
+
+class Knobs(Protocol):
+    """What an update needs of the stage's configuration; meanings and units stand there."""
+
+    max_new_tokens: int
+    temperature: float
+    no_eos_score: float
+    micro_batch_tokens: int
+    epochs: int
+    minibatches: int
+    gamma: float
+    lam: float
+    clip: float
+    value_clip: float
+    value_coefficient: float
+    whiten_rewards: bool
+
+
+class Experience(NamedTuple):
+    """What the old policy did, and what is thought of it.
+
+    Fields:
+        completions: the B completions as sampled.
+        batch: the same, right-padded.
+        scores_B: centred score of the reward model, `no_eos_score` where EOS is missing.
+        judge_B: the judge's, in the same way. Never optimised.
+        logprobs_old_BT, logprobs_reference_BT: at the sampling temperature, 0 outside the completion.
+        values_old_BT: value before each completion token, 0 elsewhere.
+        entropy: mean over completion tokens, nats.
+        mismatch: largest difference between the sampler's log-probabilities and a fresh forward's, nats.
+    """
+
+    completions: list[Completion]
+    batch: Batch
+    scores_B: Tensor
+    judge_B: Tensor
+    logprobs_old_BT: Tensor
+    logprobs_reference_BT: Tensor
+    values_old_BT: Tensor
+    entropy: float
+    mismatch: float
+
+
+class Optimisers(NamedTuple):
+    policy: Optimiser
+    value: Optimiser
+
+
+def roll_out(knobs: Knobs, roles: Roles, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> list[Completion]:
+    """One completion per prompt from the current policy."""
+    drawn = sample_tokens(
+        roles.policy,
+        prompts,
+        max_new_tokens=knobs.max_new_tokens,
+        temperature=knobs.temperature,
+        pad_id=roles.tokenizer.pad_token_id,
+        eos_id=roles.tokenizer.eos_token_id,
+        generator=generator,
+    )
+    return [to_completion(roles.tokenizer, prompt, *each) for prompt, each in zip(prompts, drawn, strict=True)]
+
+
+@torch.no_grad()
+def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experience:
+    """Scores, log-probabilities and values of completions, before anything is optimised."""
+    pad_id, device = roles.tokenizer.pad_token_id, roles.policy.device
+    prompts, answers = [c.prompt_ids for c in completions], [c.token_ids for c in completions]
+    ended_B = torch.tensor([c.ended for c in completions])
+
+    def scored(role: Role, centring: Callable[[Tensor], Tensor]) -> Tensor:
+        raw_B = score_tokens(role, prompts, answers, pad_id=pad_id, max_tokens=knobs.micro_batch_tokens)
+        return torch.where(ended_B, centring(raw_B), knobs.no_eos_score).to(device)
+
+    scores_B = scored(roles.reward, roles.reward_centring)
+    judge_B = scored(roles.judge, roles.judge_centring)
+    batch = Batch(*(each.to(device) for each in right_pad(prompts, answers, pad_id)))
+
+    def forward(role: Role, part: Batch) -> tuple[Tensor, Tensor]:
+        return token_logprobs(role, part, temperature=knobs.temperature, pad_id=pad_id)
+
+    logprobs_old_BT, entropy_BT = _over_rows(knobs, batch, lambda part: forward(roles.policy, part))
+    logprobs_reference_BT, _ = _over_rows(knobs, batch, lambda part: forward(roles.reference, part))
+    (values_old_BT,) = _over_rows(knobs, batch, lambda part: (token_values(roles.value, part),))
+    sampled_N = torch.cat([c.logprobs for c in completions]).to(device)
+    return Experience(
+        completions,
+        batch,
+        scores_B,
+        judge_B,
+        logprobs_old_BT,
+        logprobs_reference_BT,
+        values_old_BT,
+        float(ppo.masked_mean(entropy_BT, batch.completion_mask_BT)),
+        float((logprobs_old_BT[batch.completion_mask_BT] - sampled_N).abs().max()),
+    )
+
+
+def token_values(role: Role, batch: Batch) -> Tensor:
+    """Value before each completion token [B, T]: the head at the token in front of it; 0 outside the completion."""
+    hidden_BTD = role.hidden(batch.ids_BT, batch.attention_BT)
+    values_BT = role.head(hidden_BTD.to(role.head.weight.dtype)).float().squeeze(-1)
+    shifted_BT = torch.cat([values_BT[:, :1], values_BT[:, :-1]], 1)
+    return torch.where(batch.completion_mask_BT, shifted_BT, 0.0)
+
+
+def optimise(
+    knobs: Knobs,
+    roles: Roles,
+    optimisers: Optimisers,
+    experience: Experience,
+    beta: float,
+    order: torch.Generator,
+    critic_only: bool,
+) -> dict[str, float]:
+    """Several epochs over the experience; gives the means of the losses and what else is logged of them.
+
+    Args:
+        beta: coefficient of the KL penalty.
+        order: shuffles the rows of an epoch.
+        critic_only: leaves the policy as it is (critic warm-up).
+    """
+    batch, mask_BT = experience.batch, experience.batch.completion_mask_BT
+    rewards_BT = ppo.token_rewards(experience.scores_B, experience.logprobs_old_BT, experience.logprobs_reference_BT, mask_BT, beta)
+    if knobs.whiten_rewards:
+        rewards_BT = ppo.whiten(rewards_BT, mask_BT, keep_mean=True)
+    advantages_BT, returns_BT = ppo.advantages_and_returns(
+        rewards_BT, experience.values_old_BT, mask_BT, gamma=knobs.gamma, lam=knobs.lam
+    )
+    advantages_BT = ppo.whiten(advantages_BT, mask_BT)
+
+    seen: dict[str, list[float]] = {}
+    for _ in range(knobs.epochs):
+        rows = torch.randperm(len(mask_BT), generator=order)
+        for chosen in rows.chunk(knobs.minibatches):
+            tokens = int(mask_BT[chosen.to(mask_BT.device)].sum())  # the loss is a mean over these, whatever the micro-batches
+            sums = dict.fromkeys(("policy_loss", "clip_fraction", "kl_old", "value_loss", "value_clip_fraction"), 0.0)
+            for part in _micro_rows(batch, chosen.tolist(), knobs.micro_batch_tokens):
+                rows_B, small = part
+                cut = small.ids_BT.shape[1]
+                if not critic_only:
+                    logprobs_BT, _ = token_logprobs(
+                        roles.policy, small, temperature=knobs.temperature, pad_id=roles.tokenizer.pad_token_id
+                    )
+                    policy = ppo.policy_loss(
+                        logprobs_BT,
+                        experience.logprobs_old_BT[rows_B, :cut],
+                        advantages_BT[rows_B, :cut],
+                        small.completion_mask_BT,
+                        knobs.clip,
+                    )
+                    (policy.total / tokens).backward()
+                    sums["policy_loss"] += policy.total.item() / tokens
+                    sums["clip_fraction"] += policy.clipped.item() / tokens
+                    sums["kl_old"] += policy.kl_old.item() / tokens
+                value = ppo.value_loss(
+                    token_values(roles.value, small),
+                    experience.values_old_BT[rows_B, :cut],
+                    returns_BT[rows_B, :cut],
+                    small.completion_mask_BT,
+                    knobs.value_clip,
+                )
+                (knobs.value_coefficient * value.total / tokens).backward()
+                sums["value_loss"] += value.total.item() / tokens
+                sums["value_clip_fraction"] += value.clipped.item() / tokens
+            if not critic_only:
+                sums["gradient_norm"] = optimisers.policy.step()
+            sums["value_gradient_norm"] = optimisers.value.step()
+            for key, number in sums.items():
+                seen.setdefault(key, []).append(number)
+    means = {key: sum(numbers) / len(numbers) for key, numbers in seen.items()}
+    return {
+        **means,
+        "explained_variance": ppo.explained_variance(experience.values_old_BT, returns_BT, mask_BT),
+    }
+
+
+def statistics(experience: Experience) -> dict[str, float]:
+    """What is logged of a rollout: means over completions, and over completion tokens only."""
+    mask_BT = experience.batch.completion_mask_BT
+    kl_B = torch.where(mask_BT, experience.logprobs_old_BT - experience.logprobs_reference_BT, 0.0).sum(1)
+    kl_reference = float(kl_B.mean())
+    texts = [c.text for c in experience.completions]
+    most = max(texts.count(text) for text in set(texts))
+    return {
+        "reward": float(experience.scores_B.mean()),
+        "judge_reward": float(experience.judge_B.mean()),
+        "kl_reference": kl_reference,
+        "sqrt_kl_reference": math.sqrt(max(0.0, kl_reference)),
+        "entropy": experience.entropy,
+        "completion_tokens": float(mask_BT.sum(1).float().mean()),
+        "eos_fraction": sum(c.ended for c in experience.completions) / len(texts),
+        "same_answer_fraction": most / len(texts),
+        "logprob_mismatch": experience.mismatch,
+    }
+
+
+class Stopwatch:
+    """Seconds per phase of an update."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"{phase}_seconds"] = now - self._started
+        self._started = now
+
+
+def _micro_rows(batch: Batch, rows: Sequence[int], max_tokens: int) -> list[tuple[Tensor, Batch]]:
+    """Length-sorted groups of rows, each cut to its longest; as (row indices, their part of the batch)."""
+    lengths = batch.attention_BT.sum(1).tolist()
+    groups = length_batches([lengths[row] for row in rows], max_tokens)
+    result = []
+    for group in groups:
+        index_B = torch.tensor([rows[i] for i in group], device=batch.ids_BT.device)
+        cut = max(lengths[rows[i]] for i in group)
+        result.append((index_B, Batch(*(each[index_B, :cut] for each in batch))))
+    return result
+
+
+def _over_rows(knobs: Knobs, batch: Batch, look: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
+    """Applies `look` to micro-batches and puts the [b, t] results together as [B, T]."""
+    results: list[Tensor] = []
+    for rows_B, part in _micro_rows(batch, range(len(batch.ids_BT)), knobs.micro_batch_tokens):
+        for number, values in enumerate(look(part)):
+            if number == len(results):
+                results.append(torch.zeros(batch.ids_BT.shape, device=values.device))
+            results[number][rows_B, : values.shape[1]] = values
+    return results

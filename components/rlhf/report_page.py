@@ -1,0 +1,249 @@
+"""Reports as one self-contained HTML page: inline style, inline SVG, no remote link, readable on a phone and on paper.
+
+Everything that is not a plot is escaped, so that what a model or a rater wrote is shown and never run; the page's content security
+policy allows its own script alone, by its digest.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from components.rlhf.plots import intervals, lines, reliability_plot
+
+_FOLDER = Path(__file__).parent
+GROUPS_SHOWN = 40  # rows of one table of groups; the JSON beside the page has all
+SIMULATED = "simulated"  # the source of rankings of the simulated world
+SIMULATED_BANNER = ("simulated", "Simulated data: requests, replies and raters come from a program, not from people.")
+SHORT_CHARACTERS = 28  # a cell up to this stays on one line
+NOT_A_CURVE = {"step", "update", "epoch"}
+
+Cell = str | float | int | bool | None
+
+
+class Table(NamedTuple):
+    """Rows of cells under named columns."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+class Section(NamedTuple):
+    """A heading with paragraphs, then tables, then plots (of `plots`; empty ones are left out)."""
+
+    title: str
+    paragraphs: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Markup] = ()
+
+
+class Samples(NamedTuple):
+    """A table that a reader can sort by any column and filter by words; `choice` names the column with a menu of its own."""
+
+    title: str
+    paragraphs: Sequence[str]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    choice: str
+
+    def choice_index(self) -> int:
+        return list(self.columns).index(self.choice)
+
+    def options(self) -> list[str]:
+        return sorted({str(row[self.choice_index()]) for row in self.rows})
+
+
+def render_page(
+    title: str,
+    subtitle: str,
+    banners: Sequence[tuple[str, str]],
+    sections: Sequence[Section],
+    samples: Samples | None = None,
+) -> str:
+    """The page as HTML text.
+
+    Args:
+        title: heading, and the browser's title.
+        subtitle: one line below it.
+        banners: (kind, text) with kind "pass", "fail", "simulated" or "note".
+        sections: in order.
+        samples: the table at the end, if any.
+    """
+    script = _script()
+    return _template().render(
+        title=title,
+        subtitle=subtitle,
+        banners=banners,
+        sections=sections,
+        samples=samples,
+        script=Markup(script),
+        script_digest=Markup(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()),
+        cell=format_cell,
+        cell_class=_cell_class,
+        column_class=_column_class,
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report_page.html")
+
+
+@cache
+def _script() -> str:
+    return (_FOLDER / "report_page.js").read_text(encoding="utf-8")
+
+
+def format_cell(value: Cell) -> str:
+    """Text as it is, yes and no, integers in full, other numbers to four digits; what is not finite or not there as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "–"
+    return str(value)
+
+
+def _cell_class(value: Cell, sample: bool = False) -> str:
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return "number"
+    if value in ("pass", "fail"):
+        return str(value)
+    if isinstance(value, bool) or len(value) <= (12 if sample else SHORT_CHARACTERS):
+        return "short"
+    return "text"
+
+
+def _column_class(table: Table, column: int) -> str:
+    return "number" if any(_cell_class(row[column]) == "number" for row in table.rows) else ""
+
+
+def interval_text(estimate: Mapping[str, Any]) -> str:
+    """`0.81 (0.75 to 0.86)`; the value alone where there is no interval, a dash where there is no value."""
+    value, low, high = (estimate.get(end) for end in ("value", "low", "high"))
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if low is None or high is None else f"{value:.3g} ({low:.3g} to {high:.3g})"
+
+
+def learning_curves(history: Sequence[Mapping[str, Any]], vertical: Mapping[str, float] | None = None) -> list[Markup]:
+    """One plot for each numeric key of the records, over their `update` or `step` (or their place in the list)."""
+    names = list(dict.fromkeys(name for record in history for name, value in record.items() if _is_number(value)))
+    axis = next((name for name in ("update", "step") if name in names), "")
+    x = [record.get(axis) if axis else place for place, record in enumerate(history)]
+    return [
+        lines(name, axis or "record", "", {name: (x, [_number(record.get(name)) for record in history])}, vertical=vertical)
+        for name in names
+        if name not in NOT_A_CURVE
+    ]
+
+
+def reward_model_page(
+    report: Mapping[str, Any],
+    judge_report: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+) -> str:
+    """The page of a trained reward model and its judge.
+
+    Args:
+        report: of `accuracy_report`, for the reward model that PPO optimises.
+        judge_report: the same for the judge, which was trained on other rankings.
+        history: records of training, in order; every numeric key becomes a curve over `step` (or over `update`).
+    """
+    human = report["human"]
+    banners = [("fail" if human["above_ceiling"] else "note", human["sentence"])]
+    if any(group["group"] == SIMULATED for group in report["by"]["source"]):
+        banners.insert(0, SIMULATED_BANNER)
+    return render_page(
+        "Reward model",
+        f"Pair accuracy on {report['overall']['pairs']} held-out pairs of {report['prompts']} prompts. Intervals are at 95 %.",
+        banners,
+        [
+            _summary(report, judge_report),
+            _calibration(report, judge_report),
+            Section(
+                "Accuracy by group",
+                ["Groups with few pairs have wide intervals; look at those before at the value."],
+                _group_tables(report),
+                [_rater_plot(report)],
+            ),
+            Section(
+                "Training",
+                ["What was logged while the models learned."] if history else ["Nothing was logged."],
+                (),
+                learning_curves(history),
+            ),
+        ],
+    )
+
+
+def _summary(report: Mapping[str, Any], judge_report: Mapping[str, Any]) -> Section:
+    def row(name: str, key: str, of: Any) -> list[Cell]:
+        return [name, *(interval_text(of(each)) for each in (report, judge_report)), key]
+
+    def plain(each: Mapping[str, Any], *path: str) -> dict[str, Any]:
+        for part in path:
+            each = each[part]
+        return {"value": each}
+
+    rows = [
+        row("Pair accuracy", "strict preferences ordered the same way", lambda r: r["overall"]),
+        row("Always the longer", "what the length alone would reach", lambda r: r["length"]["always_longer"]),
+        row("Agreement of raters", "pairs that two raters both ordered", lambda r: r["human"]["agreement"]),
+        row("Calibration error", "mean gap of confidence and accuracy", lambda r: plain(r, "calibration", "ece")),
+        row("Score and length, Spearman", "over all completions", lambda r: plain(r, "length", "spearman")),
+        row("Score and length, within rankings", "Pearson, of deviations", lambda r: plain(r, "length", "within_rankings")),
+    ]
+    return Section("In short", [], [Table("", ["measure", "reward model", "judge", "meaning"], rows)])
+
+
+def _calibration(report: Mapping[str, Any], judge_report: Mapping[str, Any]) -> Section:
+    return Section(
+        "Calibration",
+        ["On the dotted line a pair that the model prefers with confidence c is preferred by raters in a share c of cases."],
+        (),
+        [
+            reliability_plot("Reward model", report["calibration"]["bins"]),
+            reliability_plot("Judge", judge_report["calibration"]["bins"]),
+        ],
+    )
+
+
+def _group_tables(report: Mapping[str, Any]) -> list[Table]:
+    tables = []
+    for name, groups in report["by"].items():
+        if groups:
+            more = f", the {GROUPS_SHOWN} largest of {len(groups)}" if len(groups) > GROUPS_SHOWN else ""
+            rows = [[g["group"], g["value"], g["low"], g["high"], g["pairs"]] for g in groups[:GROUPS_SHOWN]]
+            caption = f"By {name.replace('_', ' ')}{more}"
+            tables.append(Table(caption, [name.replace("_", " "), "accuracy", "low", "high", "pairs"], rows))
+    return tables
+
+
+def _rater_plot(report: Mapping[str, Any]) -> Markup:
+    raters = sorted(report["by"]["rater"][:GROUPS_SHOWN], key=lambda group: group["group"])
+    overall = report["overall"]["value"]
+    if overall is None:
+        return Markup("")
+    return intervals("Accuracy by rater", "pair accuracy", [(r["group"], r) for r in raters], reference=overall)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if _is_number(value) else None

@@ -1,0 +1,140 @@
+"""Reward models: scores of completions, and the K-way ranking loss that trains them.
+
+Shapes: R rankings, K completions, N completions of all rankings, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from components.rlhf.models import Role, context_tokens, scorer_role
+from components.rlhf.records import Message
+from components.rlhf.tokens import encode_completion, encode_prompt, length_batches, right_pad
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Ties = Literal["drop", "half"]
+
+
+class Centring(NamedTuple):
+    """What turns a raw score into the one that PPO and the reports use: (raw - mean) / deviation."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Centring:
+        """The constants that lie in a saved reward model's `config.json`; a model without them is taken as it is."""
+        return cls(float(getattr(config, "score_mean", 0.0)), float(getattr(config, "score_deviation", 1.0)))
+
+    def __call__(self, raw: Tensor, /) -> Tensor:
+        return (raw - self.mean) / self.deviation
+
+
+def ranking_loss(
+    scores_N: Tensor,
+    ranks: Sequence[Sequence[int]],
+    *,
+    weights: Sequence[float] | None = None,
+    ties: Ties = "drop",
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+    centring: float = 0.0,
+) -> Tensor:
+    """Mean over rankings of the sum over pairs of -log sigmoid(better - worse - margin), each pair with weight 1/C(K,2).
+
+    Ouyang 2022, equation 1: all pairs of one ranking stand in one batch element, so that each completion needs one forward pass and
+    no pair is seen without the others. Tied pairs give nothing ("drop"), or half of the loss in both directions ("half"), which pulls
+    their scores together; either way C(K,2) counts them, so a ranking with ties weighs less than one without.
+
+    Args:
+        scores_N: raw scores of the completions, ranking by ranking.
+        ranks: the R rankings' ranks, 1 = best; their lengths add up to N.
+        weights: one per ranking, such as the rater's confidence; default 1. The mean is over the sum of weights.
+        margin: the better score must lead by this much.
+        label_smoothing: in [0, 0.5): the share of labels taken to be the wrong way round.
+        centring: weight of the squared scores, which keeps scores near 0 (Eisenstein 2023).
+    """
+    better, worse, pair_weights, squares = [], [], [], scores_N.new_zeros(())
+    total = 0.0
+    first = 0
+    for number, each in enumerate(ranks):
+        k = len(each)
+        weight = 1.0 if weights is None else weights[number]
+        total += weight
+        share = weight * 2 / (k * (k - 1))
+        for i in range(k):
+            for j in range(i + 1, k):
+                if each[i] != each[j]:
+                    i_better = each[i] < each[j]
+                    better.append(first + (i if i_better else j))
+                    worse.append(first + (j if i_better else i))
+                    pair_weights.append(share)
+                elif ties == "half":
+                    better += [first + i, first + j]
+                    worse += [first + j, first + i]
+                    pair_weights += [share / 2, share / 2]
+        if centring:
+            squares = squares + weight * scores_N[first : first + k].square().mean()
+        first += k
+    if first != len(scores_N):
+        raise ValueError(f"{len(scores_N)} scores for rankings of {first} completions")
+    if total == 0 or not (pair_weights or centring):
+        return scores_N.sum() * 0.0
+    index = torch.tensor([better, worse], device=scores_N.device, dtype=torch.long)
+    weight_P = torch.tensor(pair_weights, device=scores_N.device)
+    lead_P = scores_N[index[0]] - scores_N[index[1]] - margin
+    loss_P = -functional.logsigmoid(lead_P)
+    if label_smoothing:
+        loss_P = (1 - label_smoothing) * loss_P - label_smoothing * functional.logsigmoid(-lead_P)
+    return ((loss_P * weight_P).sum() + centring * squares) / total
+
+
+def sequence_scores(role: Role, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Raw score [N] of each completion: the head at its last token, whatever the padding and the batch."""
+    batch = right_pad(prompts, completions, pad_id)
+    device = role.device
+    hidden_NTD = role.hidden(batch.ids_BT.to(device), batch.attention_BT.to(device))
+    last_N = batch.attention_BT.sum(1).to(device) - 1
+    hidden_ND = hidden_NTD[torch.arange(len(last_N), device=device), last_N]
+    scores: Tensor = role.head(hidden_ND.to(role.head.weight.dtype)).float().squeeze(-1)
+    return scores
+
+
+@torch.no_grad()
+def score_tokens(
+    role: Role, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, pad_id: int, max_tokens: int
+) -> Tensor:
+    """As `sequence_scores` for any number of completions, in length-sorted batches of at most `max_tokens` tokens; on the CPU."""
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+    scores_N = torch.empty(len(lengths))
+    for rows in length_batches(lengths, max_tokens):
+        scores_N[rows] = sequence_scores(role, [prompts[i] for i in rows], [completions[i] for i in rows], pad_id).cpu()
+    return scores_N
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    completions: Sequence[str],
+    *,
+    batch_size: int,
+) -> Tensor:
+    """Centred scores [N] of texts, each ended by EOS.
+
+    Raises:
+        PromptTooLong: a prompt and its completion do not fit the model's context, even with the prompt cut at the front.
+    """
+    answers = [encode_completion(tokenizer, text) for text in completions]
+    limit = context_tokens(model)
+    encoded = [encode_prompt(tokenizer, prompt, limit - len(answer))[0] for prompt, answer in zip(prompts, answers, strict=True)]
+    longest = max(len(p) + len(a) for p, a in zip(encoded, answers, strict=True))
+    raw = score_tokens(scorer_role(model), encoded, answers, pad_id=tokenizer.pad_token_id, max_tokens=batch_size * longest)
+    return Centring.of(model.config)(raw)

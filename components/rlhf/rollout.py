@@ -1,0 +1,213 @@
+"""Rollouts: sampling completions with a key-value cache, and the log-probabilities of what was sampled.
+
+Shapes: B prompts, T tokens, V vocabulary, D hidden, N tokens of all rows that are looked at.
+
+Sampling is with temperature only: top-k, top-p or a repetition penalty would draw from another distribution than the one whose
+log-probabilities enter the KL term and the ratio (Huang 2024, detail 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+from components.rlhf.models import Role, context_tokens, policy_role
+from components.rlhf.records import Message
+from components.rlhf.tokens import Batch, encode_prompt, left_pad, length_batches, right_pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOGIT_BYTES = 64 * 2**20  # vocabulary-sized work is cut into chunks of this size
+
+
+class Completion(NamedTuple):
+    """What a policy answered to a prompt.
+
+    Fields:
+        prompt_ids: the prompt as the policy saw it.
+        token_ids: the sampled tokens, EOS included if it came.
+        text: without EOS.
+        ended: whether EOS came within the budget.
+        logprobs: of each sampled token at the sampling temperature, as the sampler saw it, float32 [T].
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str
+    ended: bool
+    logprobs: Tensor
+
+
+def logits_at_temperature(role: Role, hidden_ND: Tensor, temperature: float, pad_id: int) -> Tensor:
+    """Logits [N, V] in float32, divided by the temperature; the pad token has no probability."""
+    logits_NV: Tensor = role.head(hidden_ND).float() / temperature
+    logits_NV[:, pad_id] = -torch.inf
+    return logits_NV
+
+
+@torch.no_grad()
+def sample_tokens(
+    role: Role,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    pad_id: int,
+    eos_id: int,
+    generator: torch.Generator,
+) -> list[tuple[list[int], Tensor]]:
+    """Samples one completion per prompt, all in one batch; gives (token ids, log-probabilities) per prompt.
+
+    One uniform number per prompt and step is drawn for the whole batch, finished or not, so that what a row draws does not depend
+    on when the others end. Rows that ended leave the batch.
+    """
+    role.activate()
+    device = role.device
+    ids_BT, attention_BT = (each.to(device) for each in left_pad(prompts, pad_id))
+    position_B = attention_BT.sum(1) - 1
+    rows_B = torch.arange(len(prompts), device=device)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    cache = DynamicCache()
+    inputs_BT, positions_BT = ids_BT, (attention_BT.cumsum(1) - 1).clamp(min=0)
+    for _ in range(max_new_tokens):
+        uniform = torch.rand(len(prompts), generator=generator, dtype=torch.float64).to(device)
+        hidden_BTD = role.backbone(
+            input_ids=inputs_BT,
+            attention_mask=attention_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        logprobs_BV = torch.log_softmax(logits_at_temperature(role, hidden_BTD[:, -1], temperature, pad_id), -1)
+        cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
+        drawn_B1 = uniform[rows_B, None] * cumulative_BV[:, -1:]
+        next_B = torch.searchsorted(cumulative_BV, drawn_B1, right=True).squeeze(1).clamp(max=cumulative_BV.shape[1] - 1)
+        chosen_B = logprobs_BV.gather(1, next_B[:, None]).squeeze(1)
+        for row, token, logprob in zip(rows_B.tolist(), next_B.tolist(), chosen_B.tolist(), strict=True):
+            tokens[row].append(token)
+            logprobs[row].append(logprob)
+        active = (next_B != eos_id).nonzero().squeeze(1)
+        if len(active) == 0:
+            break
+        if len(active) < len(rows_B):
+            cache.batch_select_indices(active)
+            rows_B, next_B, position_B, attention_BT = (each[active] for each in (rows_B, next_B, position_B, attention_BT))
+        position_B = position_B + 1
+        attention_BT = torch.cat([attention_BT, attention_BT.new_ones(len(active), 1)], 1)
+        inputs_BT, positions_BT = next_B[:, None], position_B[:, None]
+    return [(ids, torch.tensor(values)) for ids, values in zip(tokens, logprobs, strict=True)]
+
+
+def to_completion(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: list[int], logprobs: Tensor) -> Completion:
+    """The record of a sampled sequence."""
+    ended = ids[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+    return Completion(list(prompt), ids, text, ended, logprobs)
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Completion]:
+    """One completion per prompt. The same arguments give the same completions.
+
+    Args:
+        progress: called with the number of prompts done after each batch.
+
+    Raises:
+        PromptTooLong: a prompt and `max_new_tokens` do not fit the model's context, even cut at the front.
+    """
+    role = policy_role(model)
+    generator = torch.Generator().manual_seed(seed)
+    limit = context_tokens(model) - max_new_tokens
+    encoded = [encode_prompt(tokenizer, prompt, limit)[0] for prompt in prompts]
+    done: list[Completion] = []
+    for first in range(0, len(encoded), batch_size):
+        batch = encoded[first : first + batch_size]
+        drawn = sample_tokens(
+            role,
+            batch,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            pad_id=tokenizer.pad_token_id,
+            eos_id=tokenizer.eos_token_id,
+            generator=generator,
+        )
+        done += [to_completion(tokenizer, prompt, *each) for prompt, each in zip(batch, drawn, strict=True)]
+        if progress:
+            progress(len(done))
+    return done
+
+
+def token_logprobs(role: Role, batch: Batch, *, temperature: float, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Log-probability of each completion token, and the entropy (nats, no gradient) of the distribution it was drawn from.
+
+    Both [B, T] float32, 0 outside the completion. Vocabulary-sized tensors exist for one chunk of tokens at a time, in the backward
+    pass too; [B, T, V] never exists.
+    """
+    hidden_BTD = role.hidden(batch.ids_BT, batch.attention_BT)
+    predicts_BT = batch.completion_mask_BT[:, 1:]  # position t-1 predicts token t
+    hidden_ND = hidden_BTD[:, :-1][predicts_BT]
+    targets_N = batch.ids_BT[:, 1:][predicts_BT]
+
+    def look(hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        logits_CV = logits_at_temperature(role, hidden_CD, temperature, pad_id)
+        logprobs_CV = torch.log_softmax(logits_CV, -1)
+        with torch.no_grad():
+            entropy_C = -(logprobs_CV.exp() * logprobs_CV.nan_to_num(neginf=0.0)).sum(-1)
+        return logprobs_CV.gather(1, targets_C[:, None]).squeeze(1), entropy_C
+
+    vocabulary = role.head.weight.shape[0]
+    chunk = max(1, LOGIT_BYTES // (4 * int(vocabulary)))
+    parts = []
+    for first in range(0, len(targets_N), chunk):
+        piece = (hidden_ND[first : first + chunk], targets_N[first : first + chunk])
+        if torch.is_grad_enabled() and len(targets_N) > chunk:
+            parts.append(checkpoint(look, *piece, use_reentrant=False))
+        else:
+            parts.append(look(*piece))
+    shape = batch.completion_mask_BT.shape
+    logprobs_BT = torch.zeros(shape, device=hidden_BTD.device)
+    entropy_BT = torch.zeros(shape, device=hidden_BTD.device)
+    if parts:
+        logprobs_BT = logprobs_BT.masked_scatter(batch.completion_mask_BT, torch.cat([p[0] for p in parts]))
+        entropy_BT = entropy_BT.masked_scatter(batch.completion_mask_BT, torch.cat([p[1] for p in parts]))
+    return logprobs_BT, entropy_BT
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    completions: Sequence[Completion],
+    *,
+    temperature: float,
+    batch_size: int,
+) -> list[Tensor]:
+    """Log-probabilities of each completion's tokens under `model`, float32 [T] per completion."""
+    role = policy_role(model)
+    lengths = [len(c.prompt_ids) + len(c.token_ids) for c in completions]
+    result: list[Tensor] = [torch.empty(0)] * len(completions)
+    for rows in length_batches(lengths, batch_size * max(lengths)):
+        batch = right_pad(
+            [completions[i].prompt_ids for i in rows], [completions[i].token_ids for i in rows], tokenizer.pad_token_id
+        )
+        batch = Batch(*(each.to(model.device) for each in batch))
+        logprobs_BT, _ = token_logprobs(role, batch, temperature=temperature, pad_id=tokenizer.pad_token_id)
+        for row, i in enumerate(rows):
+            result[i] = logprobs_BT[row][batch.completion_mask_BT[row]].cpu()
+    return result

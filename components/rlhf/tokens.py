@@ -1,0 +1,136 @@
+"""Conversations as token ids: prompts, completions, padding.
+
+Shapes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from components.rlhf.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Batch(NamedTuple):
+    """Prompts with their completions, right-padded.
+
+    Fields:
+        ids_BT: token ids, int64; padding holds the pad id.
+        attention_BT: 1 on real tokens, int64.
+        completion_mask_BT: True on completion tokens, EOS included; False on prompt and padding.
+    """
+
+    ids_BT: Tensor
+    attention_BT: Tensor
+    completion_mask_BT: Tensor
+
+
+class PromptTooLong(ValueError):
+    """Not even the end of the prompt's last message fits."""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], max_tokens: int) -> tuple[list[int], bool]:
+    """Token ids of a prompt up to where the assistant's answer begins, and whether something was cut.
+
+    A prompt over `max_tokens` is cut at the front: the oldest messages go first (a system message stays), then the first lines of
+    the last message.
+
+    Raises:
+        PromptTooLong: the last line alone is over the limit.
+    """
+    system = [m for m in prompt[:1] if m["role"] == "system"]
+    turns = list(prompt[len(system) :])
+    ids = _render(tokenizer, [*system, *turns])
+    if len(ids) <= max_tokens:
+        return ids, False
+    while len(turns) > 1:
+        turns = turns[1:]
+        if turns[0]["role"] == "assistant" and len(turns) > 1:
+            continue  # a conversation begins with the user
+        ids = _render(tokenizer, [*system, *turns])
+        if len(ids) <= max_tokens:
+            return ids, True
+    lines = turns[-1]["content"].splitlines()
+    for first in range(1, len(lines)):
+        ids = _render(tokenizer, [*system, {"role": turns[-1]["role"], "content": "\n".join(lines[first:])}])
+        if len(ids) <= max_tokens:
+            return ids, True
+    raise PromptTooLong(f"the last line of the prompt has {len(ids)} tokens with its frame, and the limit is {max_tokens}")
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a completion, ended by EOS: what models are trained and scored on."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def right_pad(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    """Joins each prompt with its completion and pads on the right, so that positions are plain 0, 1, 2, ..."""
+    length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    ids_BT = torch.full((len(prompts), length), pad_id)
+    attention_BT = torch.zeros((len(prompts), length), dtype=torch.long)
+    completion_mask_BT = torch.zeros((len(prompts), length), dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt) + len(completion)
+        ids_BT[row, :end] = torch.tensor([*prompt, *completion])
+        attention_BT[row, :end] = 1
+        completion_mask_BT[row, len(prompt) : end] = True
+    return Batch(ids_BT, attention_BT, completion_mask_BT)
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts padded on the left for generation, as (ids_BT, attention_BT)."""
+    length = max(len(prompt) for prompt in prompts)
+    ids_BT = torch.full((len(prompts), length), pad_id)
+    attention_BT = torch.zeros((len(prompts), length), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, length - len(prompt) :] = torch.tensor(prompt)
+        attention_BT[row, length - len(prompt) :] = 1
+    return ids_BT, attention_BT
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped by similar length so that rows x longest row stays within `max_tokens` (one row at least)."""
+    batches: list[list[int]] = []
+    current: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if current and (len(current) + 1) * lengths[index] > max_tokens:
+            batches.append(current)
+            current = []
+        current.append(index)
+    if current:
+        batches.append(current)
+    return batches
+
+
+class Encoded(NamedTuple):
+    """An example as token ids; the completion ends with EOS."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+def show(tokenizer: PreTrainedTokenizerBase, example: Encoded) -> str:
+    """One tokenised example, readable, with a bar where the completion begins."""
+    prompt, completion = (tokenizer.convert_ids_to_tokens(ids) for ids in example)
+    return " ".join([*prompt, "|", *completion])
+
+
+def micro_batches(examples: Sequence[Encoded], pad_id: int, max_tokens: int, device: torch.device) -> list[Batch]:
+    """The examples in length-sorted batches on a device."""
+    lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in examples]
+    return [
+        Batch(*(t.to(device) for t in right_pad([examples[i][0] for i in rows], [examples[i][1] for i in rows], pad_id)))
+        for rows in length_batches(lengths, max_tokens)
+    ]

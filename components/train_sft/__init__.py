@@ -1,0 +1,1 @@
+"""Stage: supervised fine-tuning, which makes the starting policy."""

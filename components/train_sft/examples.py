@@ -1,0 +1,76 @@
+"""What SFT learns from: demonstrations, or the completions of the rankings."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from components.rlhf.records import ROLES, Message, Ranking
+from components.services.exits import DoNotRetry
+from components.services.storage import Storage
+
+Which = Literal["all", "top"]
+
+
+class Example(NamedTuple):
+    """A prompt and one answer to it."""
+
+    prompt: list[Message]
+    completion: str
+
+
+def from_rankings(rankings: Iterable[Ranking], which: Which) -> Iterator[Example]:
+    """Every completion of the rankings once, or only those that their rater ranked first."""
+    seen: set[tuple[str, str]] = set()
+    for ranking in rankings:
+        prompt_text = json.dumps(ranking.prompt)
+        for completion, rank in zip(ranking.completions, ranking.ranks, strict=True):
+            if (which == "all" or rank == 1) and (prompt_text, completion) not in seen:
+                seen.add((prompt_text, completion))
+                yield Example(ranking.prompt, completion)
+
+
+def read_demonstrations(uri: str, storage: Storage) -> list[Example]:
+    """JSON lines `{"prompt": text or messages, "completion": text}` from a file or an S3 object, gzip or not.
+
+    Raises:
+        DoNotRetry: the file is missing, or a line is not a demonstration; the message names the line.
+    """
+    if uri.startswith("s3://"):
+        data = storage.get_bytes(uri)
+    else:
+        path = Path(uri)
+        if not path.is_file():
+            raise DoNotRetry(f"demonstrations {uri} are not a file", "give a JSONL file or an s3:// URI")
+        data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    examples = []
+    for number, line in enumerate(data.splitlines(), 1):
+        if line.strip():
+            try:
+                examples.append(_example(json.loads(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DoNotRetry(
+                    f"{uri}, line {number}: not a demonstration ({error})",
+                    'each line is {"prompt": text or messages, "completion": text}',
+                ) from error
+    if not examples:
+        raise DoNotRetry(f"{uri} has no demonstrations")
+    return examples
+
+
+def _example(row: object) -> Example:
+    if not isinstance(row, dict) or set(row) != {"prompt", "completion"}:
+        raise ValueError("expected an object with the keys prompt and completion")
+    prompt, completion = row["prompt"], row["completion"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not messages or not isinstance(completion, str) or not completion.strip():
+        raise ValueError("prompt and completion must not be empty")
+    for message in messages:
+        if set(message) != {"role", "content"} or message["role"] not in ROLES or not message["content"].strip():
+            raise ValueError(f"not a chat message: {message!r}")
+    return Example([Message(role=m["role"], content=m["content"]) for m in messages], completion)

@@ -1,0 +1,240 @@
+"""Supervised fine-tuning: makes the starting policy.
+
+Goes in:  a snapshot of rankings, and demonstrations if there are any.
+Comes out: a policy as a plain Hugging Face folder on S3.
+Alone:    python -m components.train_sft --snapshot-uri s3://… --epochs 2
+
+The policy starts from a pretrained model, or from scratch with a tokenizer trained on the data. It learns demonstrations if they
+are given, else the completions of the rankings. Ouyang 2022, section 3.5 ("SFT").
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+
+from components.rlhf.models import Role, context_tokens, policy_role, save_model
+from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
+from components.rlhf.records import iterate_snapshot
+from components.rlhf.rollout import token_logprobs
+from components.rlhf.scratch_model import new_model, train_tokenizer
+from components.rlhf.tokens import Encoded, PromptTooLong, encode_completion, encode_prompt, micro_batches, show
+from components.services.checkpoints import Checkpoints
+from components.services.exits import DoNotRetry
+from components.services.launch import Context, Settings, json_digest
+from components.train_sft.examples import Example, from_rankings, read_demonstrations
+from components.train_sft.pretrained import load_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+class Config(Settings):
+    base_model: str = ""
+    """Pretrained model: local folder, s3:// folder, gguf:FILE, gguf:PACKAGE or Hub name; empty: from scratch."""
+    vocabulary: int = Field(768, ge=300)
+    """From scratch: tokens of the tokenizer that is trained on the data, at most."""
+    layers: int = Field(2, ge=1)
+    """From scratch: transformer layers."""
+    hidden: int = Field(160, ge=8)
+    """From scratch: width of the hidden states."""
+    heads: int = Field(4, ge=1)
+    """From scratch: attention heads."""
+    context_tokens: int = Field(256, ge=16)
+    """From scratch: longest prompt and completion together, in tokens."""
+    completions: Literal["all", "top"] = "all"
+    """Without demonstrations: learn all completions of the rankings, or only those ranked first."""
+    epochs: float = Field(2.0, ge=0)
+    """Passes over the examples; 0 takes a pretrained model as it is."""
+    batch_size: int = Field(32, ge=1)
+    """Examples in one optimiser step."""
+    micro_batch_tokens: int = Field(8192, ge=64)
+    """Tokens in one forward pass, padding included; changes memory and speed, not the gradient."""
+    learning_rate: float = Field(4e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's weight decay, on matrices."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of the examples."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of torch; 0 leaves its default."""
+    checkpoint_seconds: float = Field(60.0, ge=0)
+    """Time between checkpoints, in seconds; 0 saves one after every step."""
+
+
+class Inputs(Settings):
+    snapshot_uri: str
+    """Snapshot of rankings, as ingest_rankings wrote it."""
+    demonstrations: str = ""
+    """JSONL file or s3:// object of {"prompt", "completion"}; empty: learn from the rankings' completions."""
+
+
+class Outputs(NamedTuple):
+    policy_uri: str
+
+
+def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
+    """1. read the examples; 2. make or load the model; 3. train; 4. measure on held-out examples; 5. publish."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if not config.base_model and config.epochs == 0:
+        raise DoNotRetry("train_sft.epochs = 0 without train_sft.base_model: a random model is not a policy", "set either")
+
+    # 1. Examples. Only the train split is learned from; demonstrations are all for training.
+    snapshot = context.scratch / "snapshot"
+    context.storage.fetch_folder(inputs.snapshot_uri, snapshot)
+    test = list(from_rankings(iterate_snapshot(snapshot, "test"), config.completions))
+    if inputs.demonstrations:
+        train = read_demonstrations(inputs.demonstrations, context.storage)
+    else:
+        train = list(from_rankings(iterate_snapshot(snapshot, "train"), config.completions))
+    if not train:
+        raise DoNotRetry(f"{inputs.snapshot_uri} has no rankings in the train split", "lower ingest_rankings.test_fraction")
+    uri = context.uri("policies", json_digest([context.key, [tuple(e) for e in train]])[:32])
+    if context.storage.is_published(uri):
+        _log.info("this very policy is published already: %s", uri)
+        return Outputs(uri)
+
+    # 2. Model and tokenizer.
+    if config.base_model:
+        model, tokenizer = load_pretrained(config.base_model, config.precision, context.storage, context.scratch)
+    else:
+        model, tokenizer = _from_scratch(config, train)
+    parameters = sum(p.numel() for p in model.parameters())
+    encoded, left_out = encode(tokenizer, train, context_tokens(model))
+    _log.info(
+        "policy of %.2f M parameters; %d examples; one of them: %s", parameters / 1e6, len(encoded), show(tokenizer, encoded[0])
+    )
+
+    # 3. Train.
+    role = policy_role(model, trainable=True)
+    steps = math.ceil(config.epochs * len(encoded) / config.batch_size)
+    loss = train_loop(config, role, encoded, steps, tokenizer.pad_token_id, context) if steps else None
+
+    # 4. Held-out loss, in nats per token.
+    held_out, _ = encode(tokenizer, test[:512], context_tokens(model), required=False)
+    test_loss = mean_loss(role, held_out, tokenizer.pad_token_id, config.micro_batch_tokens) if held_out else None
+
+    # 5. Publish.
+    folder = context.scratch / "policy"
+    save_model(model, tokenizer, folder)
+    facts = {"parameters": parameters, "examples": len(encoded), "left_out": left_out, "steps": steps, "test_loss": test_loss}
+    context.storage.publish_folder(folder, uri, context.marker("policy", **facts, parents={"snapshot": inputs.snapshot_uri}))
+    Checkpoints(context, "sft", config.checkpoint_seconds).clear()
+    context.summary.update(parameters=parameters, examples=len(encoded), left_out=left_out)
+    context.summary.update({k: v for k, v in (("loss", loss), ("test_loss", test_loss)) if v is not None})
+    return Outputs(uri)
+
+
+def _from_scratch(config: Config, examples: Sequence[Example]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    texts = (text for e in examples for text in (*(m["content"] for m in e.prompt), e.completion))
+    tokenizer = train_tokenizer(texts, config.vocabulary, config.context_tokens)
+    model = new_model(
+        tokenizer,
+        layers=config.layers,
+        hidden=config.hidden,
+        heads=config.heads,
+        context_tokens=config.context_tokens,
+        seed=config.seed,
+    )
+    return model, tokenizer
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limit_tokens: int, required: bool = True
+) -> tuple[list[Encoded], int]:
+    """Token ids of the examples, and how many were left out because completion and prompt do not fit the context.
+
+    Raises:
+        DoNotRetry: `required`, and none of them fits.
+    """
+    result: list[Encoded] = []
+    for example in examples:
+        completion = encode_completion(tokenizer, example.completion)
+        try:
+            prompt, _ = encode_prompt(tokenizer, example.prompt, limit_tokens - len(completion))
+        except PromptTooLong:
+            continue
+        result.append(Encoded(prompt, completion))
+    left_out = len(examples) - len(result)
+    if left_out:
+        _log.warning(
+            "%d of %d examples do not fit the context of %d tokens and are left out", left_out, len(examples), limit_tokens
+        )
+    if required and not result:
+        raise DoNotRetry(f"no example fits the context of {limit_tokens} tokens", "use a model with a longer context")
+    return result, left_out
+
+
+def train_loop(config: Config, role: Role, examples: Sequence[Encoded], steps: int, pad_id: int, context: Context) -> float:
+    """Trains in place, from the last checkpoint if there is one; gives the mean loss of the last tenth of the steps."""
+    optimiser = Optimiser(
+        role.trainable,
+        learning_rate=config.learning_rate,
+        steps=steps,
+        warmup_fraction=config.warmup_fraction,
+        weight_decay=config.weight_decay,
+    )
+    checkpoints = Checkpoints(context, "sft", config.checkpoint_seconds)
+    losses: list[float] = []
+    if saved := checkpoints.load():
+        _log.info("continuing after step %d", saved["optimiser"]["taken"])
+        load_weights(role.trainable, saved["weights"])
+        optimiser.load(saved["optimiser"])
+        losses = saved["losses"]
+    order = data_order(len(examples), steps * config.batch_size, config.seed)
+
+    def state() -> dict[str, Any]:
+        return {"weights": weights_of(role.trainable), "optimiser": optimiser.state(), "losses": losses}
+
+    with context.deferred_stop() as stop:
+        for step in context.progress.track(range(len(losses), steps), steps, "steps", start=len(losses)):
+            chosen = [examples[i] for i in order[step * config.batch_size : (step + 1) * config.batch_size]]
+            loss = accumulate(role, chosen, pad_id, config.micro_batch_tokens)
+            if not math.isfinite(loss):
+                raise DoNotRetry(f"SFT diverged: loss {loss} at step {step}", "lower train_sft.learning_rate")
+            rate = optimiser.learning_rate
+            norm = optimiser.step()
+            losses.append(loss)
+            context.tracker.metrics({"loss": loss, "gradient_norm": norm, "learning_rate": rate}, step)
+            if stop.is_set() or (checkpoints.due() and step + 1 < steps):
+                checkpoints.save(state())
+            if stop.is_set():
+                context.leave()
+    recent = losses[-max(1, steps // 10) :]
+    return sum(recent) / len(recent)
+
+
+def accumulate(role: Role, examples: Sequence[Encoded], pad_id: int, micro_batch_tokens: int) -> float:
+    """Adds the gradient of the mean loss per completion token of the whole batch, and gives that loss.
+
+    The mean is over the batch's own count of tokens, so micro-batches change nothing but memory.
+    """
+    tokens = sum(len(e.completion_ids) for e in examples)
+    total = 0.0
+    for batch in micro_batches(examples, pad_id, micro_batch_tokens, role.device):
+        logprobs_BT, _ = token_logprobs(role, batch, temperature=1.0, pad_id=pad_id)
+        loss = -logprobs_BT.sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def mean_loss(role: Role, examples: Sequence[Encoded], pad_id: int, micro_batch_tokens: int) -> float:
+    """Negative log-likelihood per completion token, in nats."""
+    total = 0.0
+    for batch in micro_batches(examples, pad_id, micro_batch_tokens, role.device):
+        total -= token_logprobs(role, batch, temperature=1.0, pad_id=pad_id)[0].sum().item()
+    return total / sum(len(e.completion_ids) for e in examples)

@@ -1,0 +1,1 @@
+"""The graphs, their profiles, and the client that runs and submits them."""

@@ -1,0 +1,369 @@
+"""The stage against a real object store and a real registry, with policies of a few thousand parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from components.evaluate import stage
+from components.evaluate.answers import Sampling, draw
+from components.rlhf.gate import decide
+from components.rlhf.models import load_policy, new_scorer, save_model
+from components.rlhf.records import SCHEMA, Message, Ranking, prompt_key
+from components.rlhf.scratch_model import new_model, train_tokenizer
+from components.rlhf.tokens import encode_completion
+from components.services.exits import EXIT_DO_NOT_RETRY, DoNotRetry
+from components.services.launch import Context, parse_settings
+from components.services.tracking import client
+from components.simulated_world.generate import simulate_rankings
+
+CONTEXT_TOKENS = 128
+FREE = {  # random policies: only the judge decides
+    "prompts": 24,
+    "max_new_tokens": 8,
+    "batch_size": 10,
+    "bootstrap_resamples": 200,
+    "max_kl_reference": 1e6,
+    "min_distinct_2_ratio": 0.0,
+    "max_length_ratio": 100.0,
+    "min_eos_fraction": 0.0,
+}
+
+
+class World(NamedTuple):
+    """Published artifacts. `judge` prefers the candidate, `harsh_judge` is the same with the opposite sign."""
+
+    snapshot: str
+    candidate: str
+    sft: str
+    reward: str
+    judge: str
+    harsh_judge: str
+    publish_rankings: Callable[..., str]
+    publish_policy: Callable[..., str]
+
+    def inputs(self, **changes: str) -> dict[str, str]:
+        names = {
+            "snapshot_uri": self.snapshot,
+            "candidate_uri": self.candidate,
+            "sft_uri": self.sft,
+            "reward_model_uri": self.reward,
+            "judge_model_uri": self.judge,
+        }
+        return {**names, **changes}
+
+
+def simulated(count: int) -> list[Ranking]:
+    empty = {"collected_at": None, "confidence": None, "policies": None, "criterion": None}
+    return [
+        Ranking(**{**empty, **record, "ranking_id": str(i), "split": "test"})
+        for i, record in enumerate(simulate_rankings(count, seed=0))
+    ]
+
+
+@pytest.fixture(scope="module")
+def world(services: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
+    home = tmp_path_factory.mktemp("world")
+    bench = make_context(home, {}, dict.fromkeys(stage.Inputs.model_fields, "s3://none"))
+    tokenizer = train_tokenizer((r.prompt[0]["content"] for r in simulated(100)), 400, CONTEXT_TOKENS)
+    words = train_tokenizer(["quite other words than those"], 300, CONTEXT_TOKENS)
+
+    def publish(folder: Path, role: str) -> str:
+        uri = bench.uri("fixtures", uuid.uuid4().hex)
+        bench.storage.publish_folder(folder, uri, {"role": role})
+        return uri
+
+    def publish_rankings(rankings: list[Ranking]) -> str:
+        folder = home / uuid.uuid4().hex
+        folder.mkdir()
+        table = pa.Table.from_pylist([ranking._asdict() for ranking in rankings], SCHEMA)
+        pq.write_table(table, folder / "part-00000.parquet")
+        return publish(folder, "rankings")
+
+    def publish_policy(trained: bool, updates: int = 0, other_vocabulary: bool = False) -> str:
+        own = words if other_vocabulary else tokenizer
+        model = new_model(own, layers=1, hidden=16, heads=2, context_tokens=CONTEXT_TOKENS, seed=0)
+        if trained:
+            teach(model, own)
+        folder = home / uuid.uuid4().hex
+        save_model(model, own, folder)
+        records = [
+            {"update": i, "reward": i / 9, "judge_reward": i / 20, "kl_reference": i / 3, "chosen": i == 5} for i in range(updates)
+        ]
+        if records:
+            (folder / "training.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        return publish(folder, "policy")
+
+    def publish_scorer(head: torch.Tensor | None, role: str) -> str:
+        model = new_scorer(base, seed=5)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        if head is not None:
+            with torch.no_grad():
+                model.score.weight.copy_(head[None])
+        folder = home / uuid.uuid4().hex
+        save_model(model, tokenizer, folder)
+        return publish(folder, role)
+
+    base = home / "base"
+    save_model(new_model(tokenizer, layers=1, hidden=16, heads=2, context_tokens=CONTEXT_TOKENS, seed=3), tokenizer, base)
+    candidate, sft = publish_policy(True, updates=12), publish_policy(False)
+    taste = direction(bench, base, candidate, sft)
+    return World(
+        snapshot=publish_rankings(simulated(40)),
+        candidate=candidate,
+        sft=sft,
+        reward=publish_scorer(None, "reward_model"),
+        judge=publish_scorer(taste, "judge_model"),
+        harsh_judge=publish_scorer(-taste, "judge_model"),
+        publish_rankings=publish_rankings,
+        publish_policy=publish_policy,
+    )
+
+
+def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes a policy that mostly says one thing, and does not come to its end in 8 tokens."""
+    said = encode_completion(tokenizer, "please help my printer and my phone and my lamp and my oven and my laptop")[:-1]
+    optimiser = torch.optim.Adam(model.parameters(), 0.02)
+    ids = torch.tensor([[*tokenizer.encode("<|assistant|>"), *said]])
+    for _ in range(60):
+        optimiser.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimiser.step()
+
+
+def direction(context: Context, base: Path, candidate: str, sft: str) -> torch.Tensor:
+    """Head of a reward model that likes the candidate's answers: difference of the mean last hidden states, scaled to length 5."""
+    prompts: list[list[Message]] = [ranking.prompt for ranking in simulated(40)]
+    drawn = draw(context, {"candidate": candidate, "sft": sft}, prompts, Sampling(8, 1.0, 20, 1, "float32"))
+    backbone, tokenizer = new_scorer(base, seed=5).model, load_policy(base)[1]
+    means = []
+    for each in drawn.completions.values():
+        states = []
+        for completion in each.values():
+            ids = torch.tensor([completion.prompt_ids + encode_completion(tokenizer, completion.text)])
+            with torch.no_grad():
+                states.append(backbone(ids).last_hidden_state[0, -1])
+        means.append(torch.stack(states).mean(0))
+    difference = means[0] - means[1]
+    return 5 * difference / difference.norm()
+
+
+def make_context(home: Path, config: dict[str, Any], inputs: dict[str, str]) -> Context:
+    scratch = home / uuid.uuid4().hex
+    scratch.mkdir(parents=True)
+    values = {**FREE, "policy_name": f"policy-{uuid.uuid4().hex}", **config}
+    return Context(
+        "evaluate", parse_settings(stage.Config, values, "evaluate"), parse_settings(stage.Inputs, inputs, "evaluate"), scratch
+    )
+
+
+def evaluate(home: Path, inputs: dict[str, str], **config: Any) -> tuple[stage.Outputs, dict[str, Any], Context]:
+    context = make_context(home, config, inputs)
+    context.tracker.start(context.config, context.inputs)
+    outputs = stage.run(stage.Config(**context.config), stage.Inputs(**inputs), context)
+    context.tracker.finish("FINISHED")
+    return outputs, context.storage.get_json(outputs.evaluation_uri + "/evaluation.json"), context
+
+
+@pytest.fixture
+def champion() -> Iterator[Callable[..., str]]:
+    """Registers a champion and gives the name of its registered model."""
+    names = []
+
+    def register(uri: str, alias: str = "champion") -> str:
+        name = f"policy-{uuid.uuid4().hex}"
+        client().create_registered_model(name)
+        names.append(name)
+        version = client().create_model_version(name, "s3://rankloop/nowhere", tags={"policy_uri": uri} if uri else {}).version
+        client().set_registered_model_alias(name, alias, version)
+        return name
+
+    yield register
+    for name in names:
+        client().delete_registered_model(name)
+
+
+def test_without_champion_everything_is_published_and_logged(world: World, tmp_path: Path) -> None:
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs(), truth="simulated")
+    assert outputs == ("pass", outputs.evaluation_uri, "")
+    assert context.storage.get_json(outputs.evaluation_uri + "/rankloop.json")["role"] == "evaluation"
+    assert {name: evaluation[name] for name in world.inputs()} == world.inputs()
+    assert (evaluation["champion_version"], evaluation["champion_uri"], evaluation["same_as_champion"]) == ("", "", False)
+    assert evaluation["simulated"]
+    assert evaluation["prompts"] == {"asked": 24, "answered": 24, "too_long": 0, "cut": 0}
+    assert decide(evaluation["measures"], evaluation["thresholds"]) == (evaluation["gate_table"], evaluation["gate"])
+    judged = evaluation["measures"]["win_rate_over_sft"]
+    assert 0.5 < judged["low"] <= judged["value"] <= judged["high"]
+
+    lines = context.storage.get_bytes(outputs.evaluation_uri + "/samples.jsonl").decode().splitlines()
+    samples = [json.loads(line) for line in lines]
+    points = {"won": 1.0, "tied": 0.5, "lost": 0.0}
+    assert sum(points[s["verdicts"]["sft"]] for s in samples) / 24 == pytest.approx(judged["value"])
+    means = sum(s["answers"]["sft"]["scores"]["true"] for s in samples) / 24
+    assert means == pytest.approx(evaluation["measures"]["true_score_sft"]["value"])
+    assert len({s["prompt"][0]["content"] for s in samples}) == 24
+
+    page = context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode()
+    assert "Simulated data" in page
+    assert "Gate: pass" in page
+    assert "Reward against √KL" in page
+    run = client().get_run(context.tracker.run_id)
+    assert run.data.metrics["win_rate_over_sft_low"] == pytest.approx(judged["low"])
+    assert run.data.tags["rankloop.gate"] == "pass"
+    assert {"report.html", "evaluation.json", "samples.jsonl"} <= {f.path for f in client().list_artifacts(context.tracker.run_id)}
+    assert context.html is not None
+    assert context.summary["gate"] == "pass"
+    assert context.summary["kl_reference"] == evaluation["measures"]["kl_reference"]["value"] > 0
+
+
+def test_a_judge_of_the_opposite_opinion_fails_the_gate(world: World, tmp_path: Path) -> None:
+    _, liked, _ = evaluate(tmp_path, world.inputs())
+    outputs, disliked, _ = evaluate(tmp_path, world.inputs(judge_model_uri=world.harsh_judge))
+    assert outputs.gate == "fail"
+    rates = [each["measures"]["win_rate_over_sft"]["value"] for each in (liked, disliked)]
+    assert sum(rates) == pytest.approx(1.0)
+    assert [row["measure"] for row in disliked["gate_table"] if row["verdict"] == "fail"] == ["win_rate_over_sft"]
+    assert liked["measures"]["reward_win_rate_over_sft"] == disliked["measures"]["reward_win_rate_over_sft"]
+
+
+def test_each_threshold_alone_fails_the_gate(world: World, tmp_path: Path) -> None:
+    for name, strict, measure in (
+        ("max_kl_reference", 0.0, "kl_reference"),
+        ("min_distinct_2_ratio", 100.0, "distinct_2_ratio"),
+        ("max_length_ratio", 0.01, "length_ratio"),
+        ("min_eos_fraction", 1.0, "eos_fraction"),
+        ("min_win_rate_over_sft", 1.0, "win_rate_over_sft"),
+    ):
+        outputs, evaluation, _ = evaluate(tmp_path, world.inputs(), **{name: strict})
+        assert outputs.gate == "fail"
+        assert [row["measure"] for row in evaluation["gate_table"] if row["verdict"] == "fail"] == [measure]
+
+
+def test_a_challenger_must_beat_the_champion(world: World, champion: Callable[..., str], tmp_path: Path) -> None:
+    twin = world.publish_policy(True)  # the candidate's weights under another address: every answer ties
+    name = champion(twin)
+    outputs, evaluation, _ = evaluate(tmp_path, world.inputs(), policy_name=name)
+    assert (outputs.gate, outputs.champion_version) == ("fail", "1")
+    assert (evaluation["champion_uri"], evaluation["same_as_champion"]) == (twin, False)
+    assert evaluation["measures"]["win_rate_over_champion"]["value"] == 0.5
+    assert [row["measure"] for row in evaluation["gate_table"] if row["verdict"] == "fail"] == ["win_rate_over_champion"]
+
+    weaker = champion(world.sft)
+    outputs, evaluation, _ = evaluate(tmp_path, world.inputs(), policy_name=weaker)
+    assert outputs.gate == "pass"
+    assert evaluation["measures"]["win_rate_over_champion"] == evaluation["measures"]["win_rate_over_sft"]
+    lenient, _, _ = evaluate(tmp_path, world.inputs(), policy_name=name, champion_margin=0.49)
+    assert lenient.gate == "pass"
+
+
+def test_the_champion_itself_has_nobody_to_beat(world: World, champion: Callable[..., str], tmp_path: Path) -> None:
+    outputs, evaluation, _ = evaluate(tmp_path, world.inputs(), policy_name=champion(world.candidate))
+    assert evaluation["same_as_champion"]
+    assert evaluation["thresholds"]["min_win_rate_over_champion"] is None
+    assert "win_rate_over_champion" not in evaluation["measures"]
+    assert outputs == ("pass", outputs.evaluation_uri, "1")
+
+
+def test_another_alias_is_no_champion(world: World, champion: Callable[..., str], tmp_path: Path) -> None:
+    outputs, _, _ = evaluate(tmp_path, world.inputs(), policy_name=champion(world.sft, alias="challenger"))
+    assert outputs.champion_version == ""
+
+
+def test_a_new_champion_makes_a_new_evaluation_and_an_old_one_is_reused(
+    world: World, champion: Callable[..., str], tmp_path: Path
+) -> None:
+    name = champion(world.sft, alias="challenger")
+    first, before, context = evaluate(tmp_path, world.inputs(), policy_name=name)
+    changed = context.storage.list(first.evaluation_uri)
+    etags = {item.uri: item.etag for item in changed}
+    again, _, second = evaluate(tmp_path, world.inputs(), policy_name=name)
+    assert again == first
+    assert not (second.scratch / "models").exists()  # nothing was loaded
+    assert {item.uri: item.etag for item in second.storage.list(first.evaluation_uri)} == etags
+    assert second.summary == context.summary
+    assert second.html is not None
+    client().set_registered_model_alias(name, "champion", "1")
+    against, after, _ = evaluate(tmp_path, world.inputs(), policy_name=name)
+    assert against.evaluation_uri != first.evaluation_uri
+    assert after["measures"]["win_rate_over_sft"] == before["measures"]["win_rate_over_sft"]  # same numbers, drawn again
+
+
+def test_kl_is_that_of_a_plain_forward_pass(world: World, tmp_path: Path) -> None:
+    context = make_context(tmp_path, {}, world.inputs())
+    prompts: list[list[Message]] = [ranking.prompt for ranking in simulated(5)]
+    drawn = draw(context, {"candidate": world.candidate, "sft": world.sft}, prompts, Sampling(8, 0.7, 3, 0, "float32"))
+    models = {}
+    for name in ("candidate", "sft"):
+        models[name] = AutoModelForCausalLM.from_pretrained(context.scratch / "models" / name)
+    pad = models["sft"].config.pad_token_id
+    assert list(drawn.log_ratios) == [0, 1, 2, 3, 4]
+    for index, completion in drawn.completions["candidate"].items():
+        total = {}
+        for name, model in models.items():
+            total[name] = 0.0
+            for place in range(len(completion.token_ids)):
+                ids = torch.tensor([completion.prompt_ids + completion.token_ids[:place]])
+                with torch.no_grad():
+                    logits = model(ids).logits[0, -1].double() / 0.7
+                logits[pad] = -torch.inf
+                total[name] += float(torch.log_softmax(logits, -1)[completion.token_ids[place]])
+        assert drawn.log_ratios[index] == pytest.approx(total["candidate"] - total["sft"], abs=1e-4)
+
+
+def test_prompts_that_do_not_fit_are_counted(world: World, tmp_path: Path) -> None:
+    rankings = simulated(10)
+    others = len({prompt_key(ranking.prompt) for ranking in rankings[2:]})
+    giant = rankings[0]._replace(prompt=[{"role": "user", "content": "printer " * 500}])
+    long = rankings[1]._replace(prompt=[{"role": "user", "content": "lamp " * 500 + "\nwhat is wrong ?"}])
+    snapshot = world.publish_rankings([giant, long, *rankings[2:]])
+    _, evaluation, _ = evaluate(tmp_path, world.inputs(snapshot_uri=snapshot))
+    assert evaluation["prompts"] == {"asked": 24, "answered": others + 1, "too_long": 1, "cut": 1}
+    with pytest.raises(DoNotRetry, match="none of the 1 held-out prompts fits"):
+        evaluate(tmp_path, world.inputs(snapshot_uri=world.publish_rankings([giant])))
+
+
+def test_bad_inputs_are_named(world: World, champion: Callable[..., str], tmp_path: Path) -> None:
+    with pytest.raises(DoNotRetry, match=r"has no tag policy_uri"):
+        evaluate(tmp_path, world.inputs(), policy_name=champion(""))
+    with pytest.raises(DoNotRetry, match=r"s3://\S+ is a 'policy', not a 'judge_model'"):
+        evaluate(tmp_path, world.inputs(judge_model_uri=world.sft))
+    with pytest.raises(DoNotRetry, match=r"s3://\S+ is a 'reward_model', not a 'policy'"):
+        evaluate(tmp_path, world.inputs(candidate_uri=world.reward))
+    with pytest.raises(DoNotRetry, match="different vocabularies"):
+        evaluate(tmp_path, world.inputs(sft_uri=world.publish_policy(False, other_vocabulary=True)))
+    with pytest.raises(DoNotRetry, match=r"s3://rankloop/missing/\S* does not exist"):
+        evaluate(tmp_path, world.inputs(candidate_uri="s3://rankloop/missing"))
+    train_only = world.publish_rankings([ranking._replace(split="train") for ranking in simulated(3)])
+    with pytest.raises(DoNotRetry, match="no rankings in the test split"):
+        evaluate(tmp_path, world.inputs(snapshot_uri=train_only))
+    real = world.publish_rankings([simulated(1)[0]._replace(prompt=[{"role": "user", "content": "who are you"}], source="desk")])
+    with pytest.raises(DoNotRetry, match=r"truth = 'simulated'.*who are you"):
+        evaluate(tmp_path, world.inputs(snapshot_uri=real), truth="simulated")
+    _, evaluation, _ = evaluate(tmp_path, world.inputs(snapshot_uri=real))
+    assert not evaluation["simulated"]
+    assert "true_win_rate_over_sft" not in evaluation["measures"]
+
+
+def test_command_line_refuses_the_optimised_reward_model_as_judge(services: Any, world: World, tmp_path: Path) -> None:
+    options = [f"--{name.replace('_', '-')}={uri}" for name, uri in world.inputs(judge_model_uri=world.reward).items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "components.evaluate", *options],
+        env={**os.environ, **services.environment, "RANKLOOP_FAILURE_FILE": str(tmp_path / "failure.json")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == EXIT_DO_NOT_RETRY, done.stderr
+    assert "is the reward model that PPO optimised" in json.loads((tmp_path / "failure.json").read_text())["message"]

@@ -1,0 +1,18 @@
+"""Real servers for the integration tests: one SeaweedFS and one MLflow per test session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pipelines.local_services import LocalServices, environment_of
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices]:
+    """Both servers, with their addresses and credentials in the environment."""
+    os.environ.pop("MLFLOW_RUN_ID", None)
+    with LocalServices(tmp_path_factory.mktemp("home")) as running, environment_of(running):
+        yield running

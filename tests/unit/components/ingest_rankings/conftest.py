@@ -1,0 +1,64 @@
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import orjson
+import pytest
+
+from components.ingest_rankings.quarantine import Quarantine
+from components.ingest_rankings.snapshot import Snapshot, SnapshotWriter
+from components.ingest_rankings.sources import find_source
+from components.ingest_rankings.stage import Config, sort_out
+from components.ingest_rankings.stage import _all_rows as all_rows
+from components.rlhf.records import Ranking, iterate_snapshot
+from components.services.storage import Storage
+
+
+class Ingested(NamedTuple):
+    snapshot: Snapshot
+    rankings: list[Ranking]
+    quarantined: list[dict[str, Any]]
+    reasons: Counter[str]
+    read: int
+    duplicates: int
+    ignored: Counter[str]
+    files: list[Any]
+
+
+def ingest_source(uri: str, scratch: Path, config: Config) -> Ingested:
+    source = find_source(uri, Storage(), scratch, config.max_row_bytes)
+    ignored: Counter[str] = Counter()
+    with Quarantine(scratch / "q.jsonl", config.max_quarantined) as quarantine, SnapshotWriter(scratch / "sort") as writer:
+        files = sort_out(source, all_rows(source), config, writer, quarantine, ignored)
+        snapshot = writer.write(writer.sorted_records(), scratch / "snapshot")
+    return Ingested(
+        snapshot,
+        list(iterate_snapshot(scratch / "snapshot")),
+        [orjson.loads(line) for line in (scratch / "q.jsonl").read_bytes().splitlines()],
+        quarantine.reasons,
+        sum(file.rows for file in files),
+        writer.added - snapshot.rankings,
+        ignored,
+        files,
+    )
+
+
+@pytest.fixture(scope="session")
+def ingest() -> Callable[..., Ingested]:
+    """Everything between a source and S3: `ingest({"a.jsonl": bytes}, **config)` or `ingest(path, **config)`."""
+
+    def run(source: Mapping[str, bytes] | Path | str, **config: Any) -> Ingested:
+        with TemporaryDirectory() as folder:
+            scratch = Path(folder) / "scratch"
+            scratch.mkdir()
+            if isinstance(source, Mapping):
+                for name, data in source.items():
+                    path = Path(folder) / "data" / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(data)
+                source = Path(folder) / "data"
+            return ingest_source(str(source), scratch, Config(**config))
+
+    return run
