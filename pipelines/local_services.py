@@ -114,7 +114,9 @@ class LocalServices:
 
     def _start(self) -> None:
         if shutil.disk_usage(self.home).free < MINIMUM_FREE_BYTES:
-            raise Retry(f"less than {MINIMUM_FREE_BYTES >> 20} MiB are free on the disk of {self.home}", "free space, or set RANKLOOP_HOME")
+            raise Retry(
+                f"less than {MINIMUM_FREE_BYTES >> 20} MiB are free on the disk of {self.home}", "free space, or set RANKLOOP_HOME"
+            )
         self._state_file.unlink(missing_ok=True)
         (self.home / "logs").mkdir(exist_ok=True)
         ports = free_ports(11)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -78,6 +77,8 @@ def load_policy(folder: Path | str, precision: Precision = "float32") -> tuple[P
         ValueError: no EOS token or no chat template, or logits that are changed after the head.
         OSError: not a model folder, or no safetensors in it.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # four seconds, which reading a config need not cost
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(precision), use_safetensors=True)
     for name in _SCALED_LOGITS:
@@ -89,6 +90,8 @@ def load_policy(folder: Path | str, precision: Precision = "float32") -> tuple[P
 
 def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A reward model and its tokenizer, in eval mode and frozen."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype_of(precision), use_safetensors=True)
     return model.to(device()).eval().requires_grad_(False), tokenizer
@@ -99,6 +102,8 @@ def new_scorer(policy_folder: Path | str, seed: int, precision: Precision = "flo
 
     The deviation is 1/sqrt(d+1), as in Stiennon 2020's code; the paper's text lost the root (Huang 2024, detail 8).
     """
+    from transformers import AutoModelForSequenceClassification
+
     model = AutoModelForSequenceClassification.from_pretrained(
         policy_folder, num_labels=1, dtype=dtype_of(precision), use_safetensors=True
     )

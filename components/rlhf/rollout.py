@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
 from components.rlhf.models import Role, context_tokens, policy_role
 from components.rlhf.records import Message
@@ -67,6 +66,8 @@ def sample_tokens(
     One uniform number per prompt and step is drawn for the whole batch, finished or not, so that what a row draws does not depend
     on when the others end. Rows that ended leave the batch.
     """
+    from transformers import DynamicCache
+
     role.activate()
     device = role.device
     ids_BT, attention_BT = (each.to(device) for each in left_pad(prompts, pad_id))

@@ -218,6 +218,7 @@ def launch(
             storage_seconds=context.storage.seconds,
             tracking_seconds=context.tracker.seconds,
             summary=context.summary,
+            inputs=context.inputs,
             outputs=outputs._asdict() if hasattr(outputs, "_asdict") else {},
         )
         return outputs

@@ -1,0 +1,1 @@
+"""Stage: closes the pipeline's MLflow run with its true status."""

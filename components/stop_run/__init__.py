@@ -1,0 +1,1 @@
+"""Stage: ends a run whose gate failed, with the code that forbids a retry."""

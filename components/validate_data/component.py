@@ -1,0 +1,20 @@
+"""KFP wrapper of the stage `validate_data`: a gate on the data."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.images import DATA
+
+
+@dsl.component(base_image=DATA, install_kfp_package=False)
+def validate_data(
+    config: dict,
+    snapshot_uri: str,
+    ingest_uri: str,
+    metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
+) -> NamedTuple("Outputs", gate=str, reason=str):  # type: ignore[valid-type]
+    from components.services.launch import launch
+
+    return launch("validate_data", config, {"snapshot_uri": snapshot_uri, "ingest_uri": ingest_uri}, metrics=metrics, html=report)
