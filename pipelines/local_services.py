@@ -70,7 +70,7 @@ class LocalServices:
 
     def __enter__(self) -> LocalServices:
         self.home.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.home / "lock", "w", encoding="utf-8")  # noqa: SIM115
+        self._lock = open(self.home / "lock", "w", encoding="utf-8")
         try:
             self._attach() if not self._locked() else self._start()
         except BaseException:
@@ -236,6 +236,12 @@ class LocalServices:
                     log = self.home / "logs" / "seaweedfs.log"
                     raise Retry(f"the object store takes no data: {error}", f"see {log}; is the disk full?") from error
                 time.sleep(0.1)
+
+    def check(self) -> None:
+        """Raises `Retry` if a server that was started here has ended."""
+        for process in self._processes:
+            if process.poll() is not None:
+                raise Retry(f"a server ended with code {process.returncode}", f"see {self.home / 'logs'}")
 
     def stop(self) -> None:
         """Stops what was started here, SeaweedFS by SIGINT (SIGTERM takes it five times as long), and frees the folder."""

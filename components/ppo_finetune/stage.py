@@ -40,6 +40,8 @@ class Config(Settings):
     """Prompts, and so completions, of one update."""
     max_new_tokens: int = Field(64, ge=1)
     """Budget of a completion, in tokens."""
+    max_prompt_tokens: int = Field(0, ge=0)
+    """Longest prompt, in tokens; longer ones are cut at the front; 0: what the model's context leaves."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; log-probabilities are taken at it too."""
     no_eos_score: float = -3.0
@@ -260,7 +262,8 @@ def read_prompts(config: Config, roles: Roles, snapshot: Path) -> tuple[list[lis
     Raises:
         DoNotRetry: there are fewer than one update needs.
     """
-    limit = context_tokens(roles.model) - config.max_new_tokens
+    room = context_tokens(roles.model) - config.max_new_tokens
+    limit = min(config.max_prompt_tokens or room, room)
     distinct = {prompt_key(r.prompt): r.prompt for r in iterate_snapshot(snapshot, "train")}
     prompts, left_out, cut = [], 0, 0
     for key in sorted(distinct):

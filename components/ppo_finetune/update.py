@@ -19,7 +19,7 @@ from components.ppo_finetune.roles import Roles
 from components.rlhf import ppo
 from components.rlhf.models import Role
 from components.rlhf.optimisation import Optimiser
-from components.rlhf.reward import score_tokens
+from components.rlhf.reward import Centring, score_tokens
 from components.rlhf.rollout import Completion, sample_tokens, to_completion, token_logprobs
 from components.rlhf.tokens import Batch, length_batches, right_pad
 
@@ -92,7 +92,7 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     prompts, answers = [c.prompt_ids for c in completions], [c.token_ids for c in completions]
     ended_B = torch.tensor([c.ended for c in completions])
 
-    def scored(role: Role, centring: Callable[[Tensor], Tensor]) -> Tensor:
+    def scored(role: Role, centring: Centring) -> Tensor:
         raw_B = score_tokens(role, prompts, answers, pad_id=pad_id, max_tokens=knobs.micro_batch_tokens)
         return torch.where(ended_B, centring(raw_B), knobs.no_eos_score).to(device)
 

@@ -89,7 +89,7 @@ def _read(profile: str) -> dict[str, Any]:
     return values
 
 
-def _assign(assignment: str, values: dict[str, Any], described: Mapping[str, Any]) -> None:
+def _assign(assignment: str, values: dict[str, Any], described: dict[Any, Any]) -> None:
     name, equals, text = assignment.partition("=")
     stage, dot, key = name.partition(".")
     if not (equals and dot and key):

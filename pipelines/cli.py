@@ -1,0 +1,128 @@
+"""The command line: `rankloop run`, `compile`, `services`, `models`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from components.services.exits import EXIT_INTERRUPTED, StageFailure
+
+app = typer.Typer(
+    help="Human rankings → reward model → PPO → a gated, registered policy, as a Kubeflow pipeline or on this machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Home = Annotated[
+    Path | None, typer.Option("--home", help="Folder of the local servers' data and of the runs.", envvar="RANKLOOP_HOME")
+]
+
+
+@app.command()
+def run(
+    profile: Annotated[str, typer.Option(help="Profile: a name (tiny, smollm2) or a YAML file.")] = "tiny",
+    rankings: Annotated[
+        str, typer.Option(help="File, folder, s3://bucket/prefix or hf://name. Default: the profile's simulated rankings.")
+    ] = "",
+    demonstrations: Annotated[str, typer.Option(help='JSONL of {"prompt", "completion"} for SFT: file or s3:// object.')] = "",
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A stage's setting, as stage.key=value; repeatable.", metavar="STAGE.KEY=VALUE"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every stage and of the simulation.")] = None,
+    home: Home = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run every task again instead of taking KFP's cached results.")] = False,
+) -> None:
+    """Runs the whole loop on this machine: KFP's local runner, a real S3 server, a real MLflow server.
+
+    Each stage's keys are listed by `python -m components.STAGE --help`. Exit codes: 0 done, 65 do not retry (bad data or
+    configuration, gate failed, diverged), 75 retry (a service or the disk failed), 130 interrupted.
+    """
+    from pipelines import laptop
+    from pipelines import profile as profile_file
+    from pipelines.local_services import default_home
+
+    resolved = profile_file.load(profile, assignments or (), seed)
+    place = rankings if "://" in rankings or not rankings else str(Path(rankings).expanduser().resolve())
+    raise typer.Exit(laptop.run(resolved, place, demonstrations, home or default_home(), fresh, _console()))
+
+
+@app.command()
+def compile(
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("rlhf.yaml"),
+) -> None:
+    """Writes the graph as KFP v2 YAML, ready to upload to a Kubeflow cluster."""
+    from kfp import compiler
+
+    from pipelines.rlhf import rlhf
+
+    compiler.Compiler().compile(rlhf, str(output))
+    _console().print(f"wrote {output}", highlight=False)
+
+
+@app.command()
+def services(home: Home = None) -> None:
+    """Starts the local S3 and MLflow servers and keeps them up until Ctrl-C."""
+    from pipelines.local_services import QUIET, LocalServices, default_home
+
+    console = _console()
+    with LocalServices(home or default_home()) as running:
+        console.print(f"MLflow: {running.tracking_uri}\nS3 bucket: {running.storage_root}\n", highlight=False)
+        console.print("For stages in another shell:", highlight=False)
+        for key, value in running.environment.items():
+            if key not in QUIET:
+                print(f"export {key}={value}")
+        console.print("\nCtrl-C stops them." if not running.attached else "\nThey belong to another process.", highlight=False)
+        sys.stdout.flush()
+        while not running.attached:
+            running.check()
+            time.sleep(1)
+
+
+@app.command()
+def models(name: Annotated[str, typer.Option(help="Name of the registered model.")] = "rankloop-policy", home: Home = None) -> None:
+    """Lists the versions of the policy with their aliases, gate and win rates."""
+    from pipelines.local_services import LocalServices, default_home, environment_of
+    from pipelines.models import list_versions
+
+    with LocalServices(home or default_home()) as running, environment_of(running):
+        list_versions(_console(), name)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(version("rankloop"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Shows the version and ends.")] = False,
+) -> None:
+    pass
+
+
+def _console() -> Console:
+    return Console(soft_wrap=True) if not sys.stdout.isatty() else Console()
+
+
+def main() -> None:
+    """The console script. A failure is a message and an exit code, never a traceback."""
+    try:
+        app()
+    except StageFailure as failure:
+        print(f"rankloop: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

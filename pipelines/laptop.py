@@ -1,0 +1,175 @@
+"""`rankloop run`: the whole loop on this machine, with the local servers, to the table at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from components.services.exits import DoNotRetry, StageFailure
+from components.services.storage import MARKER, Storage, join
+from components.services.tracking import PARENT_VARIABLE, client, experiment_id, mlflow_errors
+from pipelines.display import Display, estimate, table
+from pipelines.local_services import LocalServices, environment_of
+from pipelines.profile import Profile
+from pipelines.supervisor import Result, Supervisor
+
+
+def run(profile: Profile, rankings: str, demonstrations: str, home: Path, fresh: bool, console: Console) -> int:
+    """Runs the graph once and shows it; gives the exit code.
+
+    Args:
+        rankings: URI, or "" for the profile's simulated ones.
+        fresh: use no cached result of KFP's.
+    """
+    if not rankings and profile.simulated is None:
+        raise DoNotRetry(f"profile {profile.name} brings no rankings", "give them with --rankings FILE, FOLDER, s3://… or hf://…")
+    began = time.monotonic()
+    with LocalServices(home) as services, environment_of(services):
+        up_seconds = time.monotonic() - began
+        storage = Storage()
+        console.print(f"S3 and MLflow are up ({up_seconds:.1f} s); MLflow: {services.tracking_uri}", highlight=False)
+        if not rankings:
+            assert profile.simulated is not None
+            console.print("The rankings are simulated: requests, replies and raters come from a grammar.", highlight=False)
+            rankings = upload_simulated(storage, services.storage_root, profile.simulated.rankings, profile.simulated.seed)
+        from components.ingest_rankings.sources import source_fingerprint
+
+        fingerprint = source_fingerprint(rankings)
+        parent = open_parent(profile, rankings)
+        name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + parent[:6]
+        arguments: dict[str, Any] = {
+            "rankings": rankings,
+            "rankings_fingerprint": fingerprint,
+            "demonstrations": demonstrations,
+            **{f"{stage}_config": values for stage, values in profile.stages.items()},
+        }
+        request = {"home": str(home.resolve()), "caching": not fresh, "arguments": arguments}
+        with Display(console) as display:
+            supervisor = Supervisor(home / "runs" / name, request, {PARENT_VARIABLE: parent}, display)
+            result = supervisor.run()
+        close_parent(parent, result, profile)
+        if result.exit_code:
+            console.print(f"\n{result.message}\n  log: {supervisor.log}", highlight=False, markup=False, style="red")
+            return result.exit_code
+        report = home / "runs" / name / "report.html"
+        show_result(console, storage, services, result, report)
+        overhead = up_seconds + infrastructure_seconds(result)
+        total = time.monotonic() - began
+        console.print(
+            f"\n{total:.0f} s in all; KFP, S3 and MLflow took {overhead:.0f} s of them ({overhead / total:.0%}). "
+            f"`rankloop services` opens MLflow again.",
+            highlight=False,
+        )
+    return 0
+
+
+def upload_simulated(storage: Storage, root: str, rankings: int, seed: int) -> str:
+    """Makes simulated rankings and puts them where a rater's tool would: an object on S3, named by its content."""
+    from components.simulated_world.generate import write_rankings
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rankings.jsonl.gz"
+        write_rankings(path, rankings, seed)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        uri = join(root, "incoming", f"simulated-{rankings}-{seed}-{digest}.jsonl.gz")
+        storage.upload_file(path, uri)
+    return uri
+
+
+def open_parent(profile: Profile, rankings: str) -> str:
+    """The MLflow run of this pipeline run, of which every stage's is a child."""
+    with mlflow_errors():
+        mlflow = client()
+        tags = {"mlflow.runName": f"rlhf-{profile.name}", "rankloop.profile": profile.name, "rankloop.rankings": rankings}
+        run_id: str = mlflow.create_run(experiment_id(mlflow), tags=tags).info.run_id
+        mlflow.log_dict(run_id, profile.model_dump(mode="json"), "profile.json")
+    return run_id
+
+
+def close_parent(run_id: str, result: Result, profile: Profile) -> None:
+    """Notes which stages were reused, and closes the run if the graph's exit handler could not."""
+    try:
+        with mlflow_errors():
+            mlflow = client()
+            if result.reused:
+                mlflow.set_tag(run_id, "rankloop.reused", ",".join(result.reused))
+            if result.exit_code:
+                mlflow.set_tag(run_id, "rankloop.failure", result.message[:5000])
+                mlflow.set_terminated(run_id, "KILLED" if result.message.startswith("interrupted") else "FAILED")
+            elif mlflow.get_run(run_id).info.status == "RUNNING":
+                mlflow.set_terminated(run_id, "FINISHED")
+    except StageFailure:
+        if not result.exit_code:
+            raise
+
+
+def infrastructure_seconds(result: Result) -> float:
+    """Time that went to KFP, S3 and MLflow: whatever was not a stage's own work, and the requests within the stages."""
+    ended = [event for event in result.events.values() if event["event"] == "end"]
+    own = sum(e["seconds"] - e["storage_seconds"] - e["tracking_seconds"] for e in ended if e["stage"] != "close_run")
+    return max(0.0, result.seconds - own)
+
+
+def show_result(console: Console, storage: Storage, services: LocalServices, result: Result, report: Path) -> None:
+    """The table at the end, from what the stages published; a copy of the report is kept beside the run's log."""
+    verdict, registered = result.events["evaluate"], result.events["register_model"]
+    evaluation_uri = verdict["outputs"]["evaluation_uri"]
+    evaluation = storage.get_json(join(evaluation_uri, "evaluation.json"))
+    storage.download_file(join(evaluation_uri, "report.html"), report)
+    reward = storage.get_json(join(evaluation["reward_model_uri"], MARKER))
+    judge = storage.get_json(join(evaluation["judge_model_uri"], MARKER))
+    ingest = ingest_report(storage, services.storage_root, evaluation["snapshot_uri"])
+    measures = evaluation["measures"]
+    version, alias = registered["outputs"]["version"], registered["outputs"]["alias"]
+    rows = [
+        ("rankings", "{read} read, {accepted} kept, {duplicates} duplicates, {quarantined} quarantined".format(**ingest)),
+        ("reward model", f"{estimate(reward['accuracy'])} of held-out pairs (judge {estimate(judge['accuracy'])})"),
+        ("win rate over SFT", estimate(measures.get("win_rate_over_sft")) + " by the judge"),
+    ]
+    if "true_win_rate_over_sft" in measures:
+        rows.append(("", estimate(measures["true_win_rate_over_sft"]) + " by the simulated truth"))
+    if evaluation["champion_version"]:
+        same = " (it is the champion)" if evaluation["same_as_champion"] else ""
+        rows.append(
+            (
+                "over the champion",
+                f"{estimate(measures.get('win_rate_over_champion'))} over version {evaluation['champion_version']}{same}",
+            )
+        )
+    rows += [
+        ("KL to SFT", estimate(measures.get("kl_reference")) + " nats per answer"),
+        ("gate", evaluation["gate"] + failed_rows(evaluation)),
+        ("registry", f"{services_name(registered)} version {version}, {alias}"),
+        ("report", str(report)),
+        ("MLflow", services.tracking_uri),
+        ("artifacts", evaluation_uri),
+    ]
+    console.print()
+    console.print(table("Result", rows), highlight=False)
+
+
+def services_name(registered: Mapping[str, Any]) -> str:
+    return str(registered["summary"].get("policy_name", "rankloop-policy"))
+
+
+def failed_rows(evaluation: Mapping[str, Any]) -> str:
+    failed = [row["sentence"] for row in evaluation["gate_table"] if row["verdict"] == "fail"]
+    return ": " + "; ".join(failed) if failed else ""
+
+
+def ingest_report(storage: Storage, root: str, snapshot_uri: str) -> dict[str, int]:
+    """Counts of the newest ingest of this snapshot. A reused ingest says nothing itself, but its report is on S3."""
+    found: dict[str, int] = dict.fromkeys(("read", "accepted", "duplicates", "quarantined"), 0)
+    for item in storage.list(join(root, "ingests") + "/"):
+        if item.uri.endswith("/" + MARKER):
+            report = storage.get_json(item.uri)
+            if report["snapshot_uri"] == snapshot_uri:
+                found = {key: report[key] for key in found}
+    return found
