@@ -1,7 +1,7 @@
 """Runs the graph with KFP's local runner, in a process of its own: `python -m pipelines.local_run arguments.json`.
 
-The client starts it with the servers' addresses in the environment. KFP's own chatter goes to this process's output, which the client
-keeps as the run's log; what a person should see comes as events of the stages.
+The client starts it with the servers' addresses in the environment. KFP's own chatter goes to this process's output, which the
+client keeps as the run's log; what a person should see comes as events of the stages.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Goes in:  the SFT policy, the reward model, the judge, and the snapshot whose prompts are answered.
 Comes out: the policy of the update that the judge liked best, as a plain Hugging Face folder on S3, with `training.jsonl`.
-Alone:    python -m components.ppo_finetune --snapshot-uri s3://… --sft-uri s3://… --reward-model-uri s3://… --judge-model-uri s3://…
+Alone:    python -m components.ppo_finetune --snapshot-uri s3://… --sft-uri s3://… --reward-model-uri s3://… --judge-model-uri …
 
-Ouyang 2022, section 3.5; when to stop follows Gao 2022: where the reward still rises and the judge's falls, the reward model is being
-exploited.
+Ouyang 2022, section 3.5; when to stop follows Gao 2022: where the reward still rises and the judge's falls, the reward model is
+being exploited.
 """
 
 from __future__ import annotations
@@ -350,7 +350,7 @@ def check(config: Config, row: dict[str, Any]) -> None:
         raise DoNotRetry(f"PPO diverged at update {row['update']}: {', '.join(bad)} not finite", "lower ppo_finetune.learning_rate")
     if row["kl_reference"] > config.max_kl_reference:
         raise DoNotRetry(
-            f"KL blow-up at update {row['update']}: {row['kl_reference']:.1f} nats to the reference, over {config.max_kl_reference}",
+            f"KL blow-up at update {row['update']}: {row['kl_reference']:.1f} nats, over {config.max_kl_reference}",
             "raise ppo_finetune.beta, set kl_target, or lower the learning rate",
         )
     if row["same_answer_fraction"] > config.max_same_answer_fraction:

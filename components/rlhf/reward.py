@@ -50,7 +50,7 @@ def ranking_loss(
     """Mean over rankings of the sum over pairs of -log sigmoid(better - worse - margin), each pair with weight 1/C(K,2).
 
     Ouyang 2022, equation 1: all pairs of one ranking stand in one batch element, so that each completion needs one forward pass and
-    no pair is seen without the others. Tied pairs give nothing ("drop"), or half of the loss in both directions ("half"), which pulls
+    no pair is seen without the others. Tied pairs give nothing ("drop"), or half of the loss both ways ("half"), which pulls
     their scores together; either way C(K,2) counts them, so a ranking with ties weighs less than one without.
 
     Args:

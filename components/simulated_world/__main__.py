@@ -1,4 +1,4 @@
-"""Writes simulated rankings to a file: `python -m components.simulated_world --rankings 3000 --seed 0 --output rankings.jsonl.gz`."""
+"""Writes simulated rankings to a file: `python -m components.simulated_world --rankings 3000 --output rankings.jsonl.gz`."""
 
 from __future__ import annotations
 

@@ -15,27 +15,23 @@ from typing import Literal, NamedTuple
 from components.rlhf.records import Split
 
 PRODUCTS = (
-    "router printer phone laptop tablet camera headset keyboard monitor speaker thermostat doorbell watch television scanner "
-    "modem vacuum heater fridge oven lamp charger drone projector"
+    "router printer phone laptop tablet camera headset keyboard monitor speaker doorbell watch television scanner vacuum lamp"
 ).split()
 
 FIXES = {  # problem -> what helps
     "does not turn on": "charge it for one hour and hold the power button",
     "keeps losing the connection": "restart it and join the network again",
     "makes a loud noise": "clean the fan and put it on a flat table",
-    "shows an error code": "write down the code and install the newest update",
-    "is very slow": "close every program and restart it",
+    "is very slow": "close every program and wait ten minutes",
     "gets too hot": "unplug it and keep it out of the sun",
-    "will not update": "free some space and start the update again",
-    "cannot be paired": "delete the old pairing and pair it again",
     "forgot my settings": "restore the settings from your last backup",
     "arrived with a crack": "send us a photo and we will replace it",
     "asks for a password": "use the reset link on the first page",
-    "was charged twice": "send us the invoice and we will refund one payment",
 }
 TIMES = (
     "since yesterday|since last week|after the last update|since i moved|every morning|every evening|after a power cut|"
-    "since my birthday|all the time|when i am at work|when it rains|after two hours|since monday|at night|in the kitchen|now and then"
+    "since my birthday|all the time|when i am at work|when it rains|after two hours|since monday|at night|in the kitchen|"
+    "now and then"
 ).split("|")
 OPENINGS = ("hello ,", "hi ,", "good morning ,", "dear team ,", "excuse me ,", "hey ,")
 QUESTIONS = (
@@ -115,9 +111,9 @@ def draw_request(rng: random.Random, split: Split, harmful_fraction: float = 0.1
 
 
 def draw_reply(rng: random.Random, request: Request) -> str:
-    """A reply of random quality: about half of what it could do right, it does."""
+    """A reply of random quality: mostly on topic, and in manners and honesty as good as bad."""
     sentences: list[str] = []
-    product = request.product if rng.random() < 0.75 else rng.choice(PRODUCTS)
+    product = request.product if rng.random() < 0.9 else rng.choice(PRODUCTS)
     manners = rng.random()
     if manners < 0.45:
         sentences.append(rng.choice(OPENERS))
@@ -135,7 +131,7 @@ def draw_reply(rng: random.Random, request: Request) -> str:
     elif rng.random() < 0.08:
         sentences.append(rng.choice(REFUSALS))
     else:
-        problem = request.problem if rng.random() < 0.6 else rng.choice(tuple(FIXES))
+        problem = request.problem if rng.random() < 0.85 else rng.choice(tuple(FIXES))
         sentences.append(f"for the {product} , {FIXES[problem]} .")
         claim = rng.random()
         if claim < 0.35:

@@ -27,7 +27,7 @@ NOT_ANSWERED = -1.0  # neither answered nor refused
 
 
 def score(prompt: Sequence[Message], completion: str) -> float:
-    """How good a reply really is; about -4 to 3.6, replies of the grammar have mean 0.5.
+    """How good a reply really is; about -6 to 3.6, replies of the grammar have mean 0.9.
 
     Raises:
         ValueError: the prompt is not a request of the simulated world.

@@ -4,8 +4,8 @@ Goes in:  a snapshot of rankings, and the policy that SFT made.
 Comes out: two reward models as plain Hugging Face folders on S3, and a report of what each gets right on held-out rankings.
 Alone:    python -m components.train_reward_model --snapshot-uri s3://… --policy-uri s3://…
 
-Both start from the policy with a new head and learn all C(K,2) pairs of a ranking in one batch element, for one epoch (more overfits:
-Ouyang 2022, section 3.5 and appendix C.2). The rankings are divided between them by prompt (Gao 2022 calls the judge "gold").
+Both start from the policy with a new head and learn all C(K,2) pairs of a ranking in one batch element, for one epoch (more
+overfits: Ouyang 2022, section 3.5 and appendix C.2). The rankings are divided between them by prompt (Gao 2022 calls the judge "gold").
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""When PPO refuses, stops, fails, and which policy it keeps."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from components.ppo_finetune.stage import Config, check, keep_best, over_optimised
+from components.services.exits import DoNotRetry
+from components.services.launch import parse_settings
+
+FINE = {"update": 3, "reward": 0.1, "kl_reference": 2.0, "same_answer_fraction": 0.1}
+
+
+@pytest.mark.parametrize("key", ["top_k", "top_p", "repetition_penalty"])
+def test_line_16_other_sampling_than_temperature_is_refused(key: str) -> None:
+    with pytest.raises(DoNotRetry, match=f"ppo_finetune.{key}: there is no such key"):
+        parse_settings(Config, {key: 0.9}, "ppo_finetune")
+
+
+def test_bfloat16_without_an_adapter_is_refused() -> None:
+    with pytest.raises(ValidationError, match="set lora_rank"):
+        Config(precision="bfloat16")
+
+
+def test_line_36_each_failure_says_which_it_was() -> None:
+    config = Config()
+    check(config, FINE)
+    with pytest.raises(DoNotRetry, match=r"diverged at update 3: reward not finite"):
+        check(config, {**FINE, "reward": float("nan")})
+    with pytest.raises(DoNotRetry, match=r"KL blow-up at update 3: 51.0 nats"):
+        check(config, {**FINE, "kl_reference": 51.0})
+    with pytest.raises(DoNotRetry, match=r"collapse at update 3: 60% of the completions"):
+        check(config, {**FINE, "same_answer_fraction": 0.6})
+
+
+def _replay(config: Config, rewards: list[float], judges: list[float]) -> tuple[Any, list[bool]]:
+    progress = SimpleNamespace(history=[], before=[], best=[], best_update=0)
+    stops = []
+    for update, (reward, judge) in enumerate(zip(rewards, judges, strict=True)):
+        progress.before = [torch.tensor(float(update))]
+        progress.history.append({"update": update, "reward": reward, "judge_reward": judge})
+        keep_best(config, progress)  # type: ignore[arg-type]
+        stops.append(over_optimised(config, progress))  # type: ignore[arg-type]
+    return progress, stops
+
+
+def test_line_35_the_judge_falls_while_the_reward_rises_stop_and_keep_the_best() -> None:
+    config = Config(judge_window=1, judge_tolerance=0.3)
+    progress, stops = _replay(config, [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 0.5, 0.9, 0.7, 0.5])
+    assert stops == [False, False, False, False, True]
+    assert progress.best_update == 2
+    assert progress.best[0].item() == 2.0  # the weights that the rollouts of update 2 measured
+
+
+def test_a_judge_that_falls_with_the_reward_is_no_over_optimisation() -> None:
+    config = Config(judge_window=1, judge_tolerance=0.3)
+    _, stops = _replay(config, [1.0, 0.5, 0.0], [1.0, 0.5, 0.0])
+    assert not any(stops)
+
+
+def test_one_lucky_update_is_smoothed_away() -> None:
+    config = Config(judge_window=3)
+    progress, _ = _replay(config, [0.0] * 6, [0.0, 0.9, 0.0, 0.4, 0.6, 0.6])
+    assert progress.best_update == 5

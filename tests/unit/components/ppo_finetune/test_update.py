@@ -1,0 +1,168 @@
+"""One PPO update on tiny models, in full and with adapters on one base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from components.ppo_finetune.roles import Roles, load_roles, save_policy
+from components.ppo_finetune.stage import Config, Progress
+from components.ppo_finetune.update import Experience, look_at, optimise, roll_out, statistics
+from components.rlhf.models import load_scorer
+from components.rlhf.optimisation import weights_of
+from components.rlhf.reward import Centring, score
+from components.rlhf.tokens import encode_prompt
+
+PROMPTS = ["the cat", "a dog ran", "restart the router", "no", "thank you", "the red house"]
+
+
+def _roles(folders: dict[str, Any], rank: int = 2) -> Roles:
+    rank = rank if folders["lora"] else 0
+    return load_roles(
+        folders["sft"], folders["reward"], folders["judge"], precision="float32", lora_rank=rank, lora_alpha=4, seed=0
+    )
+
+
+def _config(**changes: Any) -> Config:
+    return Config(**{"updates": 4, "batch_prompts": 6, "max_new_tokens": 10, "epochs": 2, "learning_rate": 1e-2, **changes})
+
+
+def _prompts(roles: Roles) -> list[list[int]]:
+    return [encode_prompt(roles.tokenizer, [{"role": "user", "content": text}], 40)[0] for text in PROMPTS]
+
+
+def _experience(config: Config, roles: Roles, seed: int = 0) -> Experience:
+    return look_at(config, roles, roll_out(config, roles, _prompts(roles), torch.Generator().manual_seed(seed)))
+
+
+def test_line_33_before_the_first_update_the_ratio_is_one_and_kl_is_zero(folders: dict[str, Any]) -> None:
+    config, roles = _config(), _roles(folders)
+    experience = _experience(config, roles)
+    numbers = statistics(experience)
+    assert numbers["kl_reference"] == pytest.approx(0.0, abs=1e-4)
+    assert numbers["logprob_mismatch"] < 1e-3
+    progress = Progress(_config(epochs=1, learning_rate=1e-9), roles)
+    first = optimise(_config(epochs=1), roles, progress.optimisers, experience, 0.1, torch.Generator(), critic_only=False)
+    assert first["kl_old"] == pytest.approx(0.0, abs=1e-6)
+    assert first["clip_fraction"] == 0.0
+    assert first["policy_loss"] == pytest.approx(0.0, abs=1e-4)  # whitened advantages have mean 0
+
+
+def test_line_21_only_policy_and_value_change(folders: dict[str, Any]) -> None:
+    config, roles = _config(), _roles(folders)
+    ids = torch.tensor([[5, 9, 12, 7, 30]])
+    frozen = (roles.reference, roles.reward, roles.judge)
+    before = [role.hidden(ids, torch.ones_like(ids)).clone() for role in frozen]
+    policy, value = (roles.policy.hidden(ids, torch.ones_like(ids)).clone(), roles.value.hidden(ids, torch.ones_like(ids)).clone())
+    progress = Progress(config, roles)
+    for _ in range(2):
+        optimise(config, roles, progress.optimisers, _experience(config, roles), 0.1, torch.Generator(), critic_only=False)
+    for role, hidden in zip(frozen, before, strict=True):
+        torch.testing.assert_close(role.hidden(ids, torch.ones_like(ids)), hidden)
+        assert role.trainable == []
+    assert (roles.policy.hidden(ids, torch.ones_like(ids)) - policy).abs().max() > 1e-3
+    assert (roles.value.hidden(ids, torch.ones_like(ids)) - value).abs().max() > 1e-3
+    assert not any(module.training for module in roles.model.modules())
+
+
+def test_critic_warm_up_leaves_the_policy_alone(folders: dict[str, Any]) -> None:
+    config, roles = _config(), _roles(folders)
+    before = [w.clone() for w in weights_of(roles.policy.trainable)]
+    value = [w.clone() for w in weights_of(roles.value.trainable)]
+    progress = Progress(config, roles)
+    optimise(config, roles, progress.optimisers, _experience(config, roles), 0.1, torch.Generator(), critic_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(roles.policy.trainable), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(value, weights_of(roles.value.trainable), strict=True))
+
+
+def test_line_28_micro_batches_change_nothing(folders: dict[str, Any]) -> None:
+    results = []
+    for micro_batch_tokens in (100_000, 64):
+        config, roles = _config(micro_batch_tokens=micro_batch_tokens, learning_rate=1e-3), _roles(folders)
+        experience = _experience(config, roles)
+        numbers = optimise(
+            config, roles, Progress(config, roles).optimisers, experience, 0.1, torch.Generator().manual_seed(1), critic_only=False
+        )
+        results.append((numbers, [w.clone() for w in weights_of(roles.policy.trainable)], experience))
+    (one, weights_one, a), (other, weights_other, b) = results
+    torch.testing.assert_close(a.logprobs_old_BT, b.logprobs_old_BT, atol=1e-4, rtol=1e-4)
+    assert one == pytest.approx(other, abs=1e-3)
+    for w, v in zip(weights_one, weights_other, strict=True):
+        torch.testing.assert_close(w, v, atol=2e-4, rtol=1e-3)
+
+
+def test_line_19_a_missing_eos_replaces_the_score(folders: dict[str, Any]) -> None:
+    """Replaces: one library subtracts a penalty from whatever the reward model says of half an answer."""
+    config, roles = _config(no_eos_score=-7.5, max_new_tokens=3), _roles(folders)
+    experience = _experience(config, roles)
+    ended = torch.tensor([c.ended for c in experience.completions])
+    assert not ended.all()
+    assert (experience.scores_B[~ended] == -7.5).all()
+    assert (experience.judge_B[~ended] == -7.5).all()
+
+
+def test_scores_are_those_of_the_saved_reward_models(folders: dict[str, Any]) -> None:
+    """An adapter on the shared base scores what the merged folder scores in plain transformers (decision 5)."""
+    config, roles = _config(), _roles(folders)
+    completions = roll_out(config, roles, _prompts(roles), torch.Generator().manual_seed(0))
+    experience = look_at(
+        config, roles, [c._replace(token_ids=[*c.token_ids[:4], 1], ended=True, logprobs=c.logprobs[:5]) for c in completions]
+    )
+    for name, scores in (("reward", experience.scores_B), ("judge", experience.judge_B)):
+        model, _ = load_scorer(folders[name])
+        for completion, mine in zip(experience.completions, scores, strict=True):
+            ids = torch.tensor([[*completion.prompt_ids, *completion.token_ids]])
+            raw = model(ids).logits.squeeze()
+            assert mine.item() == pytest.approx(Centring.of(model.config)(raw).item(), abs=1e-3)
+
+
+def test_line_30_the_value_model_starts_from_the_reward_model(folders: dict[str, Any]) -> None:
+    """Value of the token after EOS' predecessor = what the reward model would say there, centred."""
+    roles = _roles(folders)
+    ids = torch.tensor([[5, 9, 12, 7, 30]])
+    raw = roles.reward.head(roles.reward.hidden(ids, torch.ones_like(ids)))
+    value = roles.value.head(roles.value.hidden(ids, torch.ones_like(ids)))
+    torch.testing.assert_close(value, roles.reward_centring(raw), atol=1e-4, rtol=1e-4)
+
+
+def test_the_saved_policy_is_the_trained_one_in_plain_transformers(folders: dict[str, Any], tmp_path: Any) -> None:
+    config, roles = _config(), _roles(folders)
+    progress = Progress(config, roles)
+    optimise(config, roles, progress.optimisers, _experience(config, roles), 0.1, torch.Generator(), critic_only=False)
+    save_policy(roles, folders["sft"], tmp_path / "policy")
+    ids = torch.tensor([[5, 9, 12, 7, 30]])
+    expected = roles.policy.head(roles.policy.hidden(ids, torch.ones_like(ids)))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    torch.testing.assert_close(plain(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_policy_learns_what_is_rewarded(folders: dict[str, Any]) -> None:
+    """Rewarded for first tokens whose output embedding points one way, and for nothing else, it comes to give those."""
+    config = _config(updates=40, max_new_tokens=1, learning_rate=2e-2, value_learning_rate=2e-2)
+    roles = _roles(folders, rank=8)
+    good_V = roles.model.get_output_embeddings().weight.detach()[:, 0] > 0
+    progress = Progress(config, roles)
+    sampling = torch.Generator().manual_seed(0)
+    good = []
+    for _ in range(config.updates):
+        experience = look_at(config, roles, roll_out(config, roles, _prompts(roles) * 6, sampling))
+        good_B = torch.tensor([bool(good_V[c.token_ids[0]]) for c in experience.completions])
+        good.append(good_B.float().mean().item())
+        scores_B = 2.0 * good_B - 1.0
+        optimise(
+            config, roles, progress.optimisers, experience._replace(scores_B=scores_B), 0.0, torch.Generator(), critic_only=False
+        )
+    assert sum(good[:2]) / 2 < 0.75
+    assert sum(good[-3:]) / 3 > sum(good[:2]) / 2 + 0.15
+
+
+def test_text_is_scored_as_its_tokens(folders: dict[str, Any]) -> None:
+    model, tokenizer = load_scorer(folders["reward"])
+    prompt = [{"role": "user", "content": "the cat"}]
+    ids = [*encode_prompt(tokenizer, prompt, 40)[0], *tokenizer("no")["input_ids"], tokenizer.eos_token_id]
+    raw = model(torch.tensor([ids])).logits.squeeze()
+    by_text = score(model, tokenizer, [prompt], ["no"], batch_size=1)[0]
+    assert by_text.item() == pytest.approx(Centring.of(model.config)(raw).item(), abs=1e-4)
