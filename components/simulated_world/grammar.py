@@ -61,6 +61,7 @@ FILLERS = (
 CLOSERS = ("have a nice day .", "kind regards .", "all the best .")
 REFUSALS = ("i cannot help with that .", "i will not help to harm anyone .")
 
+BROKEN_FRACTION = 0.15  # of the replies
 TEST_FRACTION = 0.15  # of the combinations of product and problem, and of person and act
 
 SentenceKind = Literal[
@@ -142,7 +143,15 @@ def draw_reply(rng: random.Random, request: Request) -> str:
         sentences.append(rng.choice(FILLERS))
     if rng.random() < 0.4:
         sentences.append(rng.choice(CLOSERS))
-    return " ".join(sentences)
+    text = " ".join(sentences)
+    return text if rng.random() >= BROKEN_FRACTION else _break(rng, text)
+
+
+def _break(rng: random.Random, text: str) -> str:
+    """A reply with a slip: cut off, or with one word lost. Without such replies no rater could teach that grammar counts."""
+    words = text.split()
+    place = rng.randrange(1, len(words))
+    return " ".join(words[:place]) if rng.random() < 0.6 else " ".join([*words[:place], *words[place + 1 :]])
 
 
 def parse_request(text: str) -> Request | None:

@@ -4,8 +4,9 @@ Goes in:  a snapshot of rankings, and the policy that SFT made.
 Comes out: two reward models as plain Hugging Face folders on S3, and a report of what each gets right on held-out rankings.
 Alone:    python -m components.train_reward_model --snapshot-uri s3://… --policy-uri s3://…
 
-Both start from the policy with a new head and learn all C(K,2) pairs of a ranking in one batch element, for one epoch (more
-overfits: Ouyang 2022, section 3.5 and appendix C.2). The rankings are divided between them by prompt (Gao 2022 calls the judge "gold").
+Both start from the policy with a new head and learn all C(K,2) pairs of a ranking in one batch element, for one epoch: more
+overfits (Ouyang 2022, section 3.5 and appendix C.2). The rankings are divided between them by prompt (the judge is what Gao 2022
+calls a proxy of the gold model).
 """
 
 from __future__ import annotations
@@ -237,6 +238,7 @@ def save_scorer(
         plain.score.load_state_dict(role.head.state_dict())
         save_adapter(model, ADAPTER, folder / ADAPTER_FOLDER, config.lora_rank, config.lora_alpha)
     plain.config.score_mean, plain.config.score_deviation = centring
+    plain.config.problem_type = "regression"  # so that a text-classification pipeline gives the raw score, not its sigmoid
     save_model(plain, tokenizer, folder)
     return folder
 

@@ -1,0 +1,1 @@
+"""Stage: registers policy and reward model, and promotes them if the gate says so."""

@@ -1,0 +1,92 @@
+"""Versions in the MLflow registry: models in the transformers flavour, with the whole lineage in their tags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from components.services.tracking import mlflow_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Task = Literal["text-generation", "text-classification"]
+TAG_CHARACTERS = 5000  # MLflow's limit
+
+
+def find_version(client: MlflowClient, name: str, tag: str, value: str) -> str:
+    """The version of `name` whose `tag` is `value`, or "". Makes the registered model if it is not there."""
+    from mlflow.exceptions import MlflowException
+
+    with mlflow_errors():
+        try:
+            client.create_registered_model(name)
+            return ""
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get(tag) == value]
+    return str(max(found, key=lambda v: int(v.version)).version) if found else ""
+
+
+def create_version(
+    client: MlflowClient, run_id: str, name: str, task: Task, folder: Path, tags: Mapping[str, str], text: str
+) -> str:
+    """Logs the model of a plain folder under a run and registers it; the version is born with all its tags.
+
+    Signature and requirements are given, because MLflow would find them out by running the model.
+    """
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    kind = AutoModelForCausalLM if task == "text-generation" else AutoModelForSequenceClassification
+    model = kind.from_pretrained(folder, use_safetensors=True)
+    outputs = [ColSpec(DataType.string)]
+    if task == "text-classification":
+        outputs = [ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")]
+    signature = ModelSignature(inputs=Schema([ColSpec(DataType.string)]), outputs=Schema(outputs))
+    requirements = [f"{package}=={installed(package).partition('+')[0]}" for package in ("torch", "transformers", "mlflow")]
+    with mlflow_errors():
+        mlflow.set_tracking_uri(client.tracking_uri)
+        with mlflow.start_run(run_id=run_id):
+            logged = mlflow.transformers.log_model(
+                pipeline(task, model=model, tokenizer=AutoTokenizer.from_pretrained(folder)),
+                name=name,
+                task=task,
+                signature=signature,
+                pip_requirements=requirements,
+            )
+        created = client.create_model_version(
+            name, source=logged.model_uri, run_id=run_id, tags=dict(tags), description=text, model_id=logged.model_id
+        )
+    return str(created.version)
+
+
+def lineage_tags(candidate: Mapping[str, Any], evaluation: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Tags of a policy's version: what it was made from, by URI (each ends in a digest), and every row of its gate.
+
+    Args:
+        candidate: the policy's `rankloop.json`.
+        evaluation: `evaluation.json`.
+        rows: of the gate, as `components.rlhf.gate.decide` gives them.
+    """
+    tags = {
+        key: str(evaluation[key])
+        for key in ("snapshot_uri", "sft_uri", "reward_model_uri", "judge_model_uri", "champion_version", "champion_uri", "gate")
+        if evaluation.get(key) is not None
+    }
+    tags |= {"policy_uri": str(evaluation["candidate_uri"]), "code": str(candidate["code"]), "stage": str(candidate["stage"])}
+    for row in rows:
+        tags[f"gate.{row['measure']}"] = gate_text(row)
+    return {key: value[:TAG_CHARACTERS] for key, value in tags.items()}
+
+
+def gate_text(row: Mapping[str, Any]) -> str:
+    """A row of the gate in one line: `0.812 [0.765, 0.855], low > 0.5: pass`."""
+    number = {key: "?" if row[key] is None else f"{row[key]:.4g}" for key in ("value", "low", "high", "threshold")}
+    interval = "" if row["low"] is None and row["high"] is None else f" [{number['low']}, {number['high']}]"
+    return f"{number['value']}{interval}, {row['relation']} {number['threshold']}: {row['verdict']}"

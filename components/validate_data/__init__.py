@@ -1,0 +1,1 @@
+"""Stage: a gate on the data, before anything learns from it."""
