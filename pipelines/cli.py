@@ -110,7 +110,7 @@ def _options(
 
 
 def _console() -> Console:
-    return Console(soft_wrap=True) if not sys.stdout.isatty() else Console()
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def main() -> None:

@@ -192,8 +192,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     if config.threads:
         torch.set_num_threads(config.threads)
     uri = context.uri("policies")
-    if context.storage.is_published(uri):
-        _log.info("this very policy is published already: %s", uri)
+    if context.published_before(uri):
         return Outputs(uri)
 
     # 1. Roles and prompts.
@@ -225,6 +224,17 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         each["chosen"] = each["update"] == progress.best_update
 
     # 4. Publish.
+    first = progress.history[0]
+    context.summary.update(
+        updates=progress.update,
+        chosen_update=progress.best_update,
+        stopped=why,
+        reward_before=first["reward"],
+        reward=chosen["reward"],
+        judge_reward_before=first["judge_reward"],
+        judge_reward=chosen["judge_reward"],
+        kl_reference=chosen["kl_reference"],
+    )
     folder = context.scratch / "policy"
     save_policy(roles, folders["sft"], folder)
     training = folder / "training.jsonl"
@@ -242,17 +252,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     parents["judge_model"] = inputs.judge_model_uri
     context.storage.publish_folder(folder, uri, context.marker("policy", **facts, parents=parents))
     Checkpoints(context, "ppo", config.checkpoint_seconds).clear()
-    first = progress.history[0]
-    context.summary.update(
-        updates=progress.update,
-        chosen_update=progress.best_update,
-        stopped=why,
-        reward_before=first["reward"],
-        reward=chosen["reward"],
-        judge_reward_before=first["judge_reward"],
-        judge_reward=chosen["judge_reward"],
-        kl_reference=chosen["kl_reference"],
-    )
     return Outputs(uri)
 
 

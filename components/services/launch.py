@@ -38,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from components.services.exits import EXIT_INTERRUPTED, DoNotRetry, Retry, StageFailure
 from components.services.progress import Progress
-from components.services.storage import Storage, join
+from components.services.storage import MARKER, Storage, join
 from components.services.tracking import Tracker
 
 STORAGE_VARIABLE = "RANKLOOP_STORAGE"  # s3://bucket[/prefix] below which every artifact lies
@@ -140,8 +140,17 @@ class Context:
             "inputs": self.inputs,
             "code": code_digest(),
             "mlflow_run_id": self.tracker.run_id,
+            "summary": self.summary,
             **facts,
         }
+
+    def published_before(self, uri: str) -> bool:
+        """Whether this very work is on S3 already; its summary then stands for this one."""
+        if not self.storage.is_published(uri):
+            return False
+        _log.info("published already: %s", uri)
+        self.summary.update(self.storage.get_json(join(uri, MARKER))["summary"])
+        return True
 
     def publish_html(self, path: Path) -> None:
         """The stage's report: a KFP HTML artifact, and a file of the MLflow run."""
@@ -208,6 +217,9 @@ def launch(
         if metrics is not None:
             for key, value in context.summary.items():
                 metrics.log_metric(key, value)
+            # KFP's local cache takes a result without this file for lost and runs the stage again.
+            Path(metrics.path).parent.mkdir(parents=True, exist_ok=True)
+            Path(metrics.path).write_text(json.dumps(context.summary), encoding="utf-8")
         if html is not None and context.html is not None:
             Path(html.path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(context.html, html.path)

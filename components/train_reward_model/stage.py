@@ -122,8 +122,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
             "train_reward_model.precision = bfloat16 without an adapter loses small steps", "set lora_rank, or float32"
         )
     outputs = Outputs(context.uri("reward_models") + "/reward", context.uri("reward_models") + "/judge")
-    if all(context.storage.is_published(uri) for uri in outputs):
-        _log.info("these very reward models are published already: %s, %s", *outputs)
+    if all(context.published_before(uri) for uri in outputs):
         return outputs
 
     # 1. Rankings.
@@ -155,6 +154,11 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     reward = trained["reward"]
     page.write_text(reward_model_page(reward.report, trained["judge"].report, reward.history), encoding="utf-8")
     context.publish_html(page)
+    context.summary.update(rankings=len(sides[0]), judge_rankings=len(sides[1]), **counts)
+    for name, each in trained.items():
+        accuracy = each.report["overall"]
+        keys = {f"{name}_accuracy{suffix}": accuracy[key] for key, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))}
+        context.summary.update({key: value for key, value in keys.items() if value is not None})
     for (name, each), uri in zip(trained.items(), outputs, strict=True):
         (each.folder / "accuracy.json").write_text(json.dumps(each.report, indent=2), encoding="utf-8")
         context.tracker.artifact(each.folder / "accuracy.json", name)
@@ -162,10 +166,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         parents = {"snapshot": inputs.snapshot_uri, "policy": inputs.policy_uri}
         context.storage.publish_folder(each.folder, uri, context.marker(role, **each.facts, **counts, parents=parents))
         Checkpoints(context, name, 0).clear()
-        accuracy = each.report["overall"]
-        for key in ("value", "low", "high"):
-            context.summary[f"{name}_accuracy{'' if key == 'value' else '_' + key}"] = accuracy[key]
-    context.summary.update(rankings=len(sides[0]), judge_rankings=len(sides[1]), **counts)
     return outputs
 
 

@@ -102,8 +102,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     if not train:
         raise DoNotRetry(f"{inputs.snapshot_uri} has no rankings in the train split", "lower ingest_rankings.test_fraction")
     uri = context.uri("policies", json_digest([context.key, [tuple(e) for e in train]])[:32])
-    if context.storage.is_published(uri):
-        _log.info("this very policy is published already: %s", uri)
+    if context.published_before(uri):
         return Outputs(uri)
 
     # 2. Model and tokenizer.
@@ -127,13 +126,13 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     test_loss = mean_loss(role, held_out, tokenizer.pad_token_id, config.micro_batch_tokens) if held_out else None
 
     # 5. Publish.
+    context.summary.update(parameters=parameters, examples=len(encoded), left_out=left_out)
+    context.summary.update({k: v for k, v in (("loss", loss), ("test_loss", test_loss)) if v is not None})
     folder = context.scratch / "policy"
     save_model(model, tokenizer, folder)
     facts = {"parameters": parameters, "examples": len(encoded), "left_out": left_out, "steps": steps, "test_loss": test_loss}
     context.storage.publish_folder(folder, uri, context.marker("policy", **facts, parents={"snapshot": inputs.snapshot_uri}))
     Checkpoints(context, "sft", config.checkpoint_seconds).clear()
-    context.summary.update(parameters=parameters, examples=len(encoded), left_out=left_out)
-    context.summary.update({k: v for k, v in (("loss", loss), ("test_loss", test_loss)) if v is not None})
     return Outputs(uri)
 
 
