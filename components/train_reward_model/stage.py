@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "reward"
+CENTRING_RANKINGS = 512  # enough for a mean and a deviation to two digits; in a snapshot's order, which is as good as random
 _log = logging.getLogger(__name__)
 
 
@@ -194,8 +195,9 @@ def train_one(
     history = train_loop(config, seed, name, role, train, tokenizer.pad_token_id, context)
 
     # Centred so that what raters put first scores mean 0 (checklist: demonstrations score 0), in units of the spread.
-    raw = scores_of(role, train, tokenizer.pad_token_id, config.micro_batch_tokens)
-    best = [s for each, scores in zip(train, raw, strict=True) for s, r in zip(scores, each.ranking.ranks, strict=True) if r == 1]
+    sample = train[:CENTRING_RANKINGS]
+    raw = scores_of(role, sample, tokenizer.pad_token_id, config.micro_batch_tokens)
+    best = [s for each, scores in zip(sample, raw, strict=True) for s, r in zip(scores, each.ranking.ranks, strict=True) if r == 1]
     everything = torch.tensor([s for scores in raw for s in scores])
     deviation = float(everything.std(correction=0))
     if not math.isfinite(deviation) or deviation < 1e-6:

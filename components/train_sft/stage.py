@@ -63,6 +63,8 @@ class Config(Settings):
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's weight decay, on matrices."""
+    test_examples: int = Field(512, ge=0)
+    """Held-out completions whose loss is measured at the end, at most."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     seed: int = 0
@@ -122,7 +124,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     loss = train_loop(config, role, encoded, steps, tokenizer.pad_token_id, context) if steps else None
 
     # 4. Held-out loss, in nats per token.
-    held_out, _ = encode(tokenizer, test[:512], context_tokens(model), required=False)
+    held_out, _ = encode(tokenizer, test[: config.test_examples], context_tokens(model), required=False)
     test_loss = mean_loss(role, held_out, tokenizer.pad_token_id, config.micro_batch_tokens) if held_out else None
 
     # 5. Publish.
