@@ -39,29 +39,31 @@ def lock(storage: Storage, uri: str, seconds: float) -> Iterator[None]:
     """
     owner = uuid.uuid4().hex
     deadline = time.monotonic() + 3 * seconds
+    etag = ""  # of a lease that is free to be taken; "": there is none
     while True:
-        lease = json.dumps({"owner": owner, "expires": time.time() + seconds}).encode()
-        if storage.put_if_absent(uri, lease):
+        mine = storage.put_if(uri, _lease(owner, time.time() + seconds), etag)
+        if mine:
             break
-        try:
-            held = storage.get_json(uri)
-        except DoNotRetry:
-            continue  # released between the two calls
-        if held["expires"] < time.time():
-            _log.warning("taking over the lease of %s, which has run out", held["owner"])
-            storage.delete(uri)
-            continue
-        if time.monotonic() > deadline:
+        data, etag = storage.get_with_etag(uri)
+        held = json.loads(data)
+        while held["expires"] > time.time() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            data, etag = storage.get_with_etag(uri)
+            held = json.loads(data)
+        if held["expires"] > time.time():
             raise Retry(f"{uri} is held by {held['owner']}", "another promotion is under way; run again")
-        time.sleep(POLL_SECONDS)
+        if held["owner"]:
+            _log.warning("taking over the lease of %s, which has run out", held["owner"])
     try:
         yield
     finally:
-        try:
-            if storage.get_json(uri)["owner"] == owner:
-                storage.delete(uri)
-        except DoNotRetry:
-            _log.warning("the lease at %s was gone before it was released", uri)
+        if not storage.put_if(uri, _lease("", 0.0), mine):
+            _log.warning("the lease at %s ran out and was taken over before it was released", uri)
+
+
+def _lease(owner: str, expires: float) -> bytes:
+    """The lock's content. It is never deleted: a released lease has no owner and has run out."""
+    return json.dumps({"owner": owner, "expires": expires}).encode()
 
 
 def champion_of(client: MlflowClient, name: str) -> str:

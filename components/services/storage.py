@@ -161,17 +161,32 @@ class Storage:
     def put_json(self, uri: str, value: Any) -> None:
         self.put_bytes(uri, json.dumps(value, indent=2, sort_keys=True, allow_nan=False).encode())
 
-    def put_if_absent(self, uri: str, data: bytes) -> bool:
-        """Writes the object unless it is there already; of many callers exactly one gets True."""
+    def put_if(self, uri: str, data: bytes, etag: str = "") -> str:
+        """Writes the object if what is there has this etag, or if nothing is there (""); of many callers exactly one succeeds.
+
+        Returns:
+            The new etag, or "" if the condition did not hold.
+        """
         bucket, key = split_uri(uri)
         with self._errors(uri):
             try:
-                self._client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+                if etag:
+                    response = self._client.put_object(Bucket=bucket, Key=key, Body=data, IfMatch=etag)
+                else:
+                    response = self._client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
             except ClientError as error:
-                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):
-                    return False
+                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+                if status in (409, 412) or (etag and status == 404):
+                    return ""
                 raise
-        return True
+        return response["ETag"]
+
+    def get_with_etag(self, uri: str) -> tuple[bytes, str]:
+        """An object's bytes, and the etag that they have."""
+        bucket, key = split_uri(uri)
+        with self._errors(uri):
+            response = self._client.get_object(Bucket=bucket, Key=key)
+            return response["Body"].read(), response["ETag"]
 
     def delete(self, uri: str) -> None:
         """Removes one object; a missing one is not an error."""
