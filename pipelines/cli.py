@@ -50,8 +50,8 @@ def run(
     from pipelines.local_services import default_home
 
     resolved = profile_file.load(profile, assignments or (), seed)
-    place = rankings if "://" in rankings or not rankings else str(Path(rankings).expanduser().resolve())
-    raise typer.Exit(laptop.run(resolved, place, demonstrations, home or default_home(), fresh, _console()))
+    code = laptop.run(resolved, _absolute(rankings), _absolute(demonstrations), home or default_home(), fresh, _console())
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -94,6 +94,11 @@ def models(name: Annotated[str, typer.Option(help="Name of the registered model.
 
     with LocalServices(home or default_home()) as running, environment_of(running):
         list_versions(_console(), name)
+
+
+def _absolute(place: str) -> str:
+    """A local path as one that does not depend on the current folder; a URI, or nothing, as it is."""
+    return place if "://" in place or not place else str(Path(place).expanduser().resolve())
 
 
 def _version(value: bool) -> None:

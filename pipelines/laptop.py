@@ -40,14 +40,17 @@ def run(profile: Profile, rankings: str, demonstrations: str, home: Path, fresh:
             console.print("The rankings are simulated: requests, replies and raters come from a grammar.", highlight=False)
             rankings = upload_simulated(storage, services.storage_root, profile.simulated.rankings, profile.simulated.seed)
         from components.ingest_rankings.sources import source_fingerprint
+        from components.train_sft.stage import fingerprint_of
 
         fingerprint = source_fingerprint(rankings)
+        sft_fingerprint = fingerprint_of(demonstrations, profile.stages["train_sft"]["base_model"], storage)
         parent = open_parent(profile, rankings)
         name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + parent[:6]
         arguments: dict[str, Any] = {
             "rankings": rankings,
             "rankings_fingerprint": fingerprint,
             "demonstrations": demonstrations,
+            "sft_fingerprint": sft_fingerprint,
             **{f"{stage}_config": values for stage, values in profile.stages.items()},
         }
         request = {"home": str(home.resolve()), "caching": not fresh, "arguments": arguments}

@@ -22,6 +22,7 @@ def rlhf(
     rankings: str,
     rankings_fingerprint: str = "",
     demonstrations: str = "",
+    sft_fingerprint: str = "",
     ingest_rankings_config: dict = {},  # noqa: B006 - KFP stores the default, nobody can change it
     validate_data_config: dict = {},  # noqa: B006
     train_sft_config: dict = {},  # noqa: B006
@@ -36,6 +37,7 @@ def rlhf(
         rankings: file, folder, s3:// prefix or hf:// name of the rankings.
         rankings_fingerprint: changes whenever their content does; KFP's cache key knows parameters, not contents.
         demonstrations: JSONL for SFT; empty: SFT learns from the rankings' completions.
+        sft_fingerprint: changes whenever the content of the demonstrations or of a local base model does.
         ingest_rankings_config, ...: values of the stages' settings; missing ones take their defaults.
     """
     closing = close_run()
@@ -47,7 +49,9 @@ def rlhf(
         )
         with dsl.If(valid.outputs["gate"] == "pass", name="data-pass"):
             snapshot_uri = data.outputs["snapshot_uri"]
-            sft = train_sft(config=train_sft_config, snapshot_uri=snapshot_uri, demonstrations=demonstrations)
+            sft = train_sft(
+                config=train_sft_config, snapshot_uri=snapshot_uri, demonstrations=demonstrations, fingerprint=sft_fingerprint
+            )
             reward = train_reward_model(
                 config=train_reward_model_config, snapshot_uri=snapshot_uri, policy_uri=sft.outputs["policy_uri"]
             )

@@ -12,8 +12,10 @@ def train_sft(
     config: dict,
     snapshot_uri: str,
     demonstrations: str,
+    fingerprint: str,
     metrics: dsl.Output[dsl.Metrics],
 ) -> NamedTuple("Outputs", policy_uri=str):  # type: ignore[valid-type]
     from components.services.launch import launch
 
-    return launch("train_sft", config, {"snapshot_uri": snapshot_uri, "demonstrations": demonstrations}, metrics=metrics)
+    inputs = {"snapshot_uri": snapshot_uri, "demonstrations": demonstrations, "fingerprint": fingerprint}
+    return launch("train_sft", config, inputs, metrics=metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -42,10 +43,8 @@ def load_pretrained(
         storage.fetch_folder(base_model, folder)
     elif base_model.startswith(GGUF):
         folder = convert_gguf(find_gguf(base_model.removeprefix(GGUF)), scratch / "base")
-    elif base_model.startswith((".", "/", "~")):
-        folder = Path(base_model).expanduser()
-        if not (folder / "config.json").is_file():
-            raise DoNotRetry(f"{base_model} is not a model folder: it has no config.json", "correct train_sft.base_model")
+    elif _is_local(base_model):
+        folder = _local_folder(base_model)
     try:
         return load_policy(folder, precision)
     except ValueError as error:
@@ -57,6 +56,36 @@ def load_pretrained(
             f"{base_model!r} is neither a local folder nor to be had from the Hub: {error}",
             "check the name and the network, and HF_TOKEN for a gated model; a local folder begins with ./ or /",
         ) from error
+
+
+def model_digest(base_model: str) -> str:
+    """SHA-256 over a local model's files; "" for one that a name or an S3 URI already identifies, and from scratch.
+
+    Raises:
+        DoNotRetry: there is no such model.
+    """
+    if base_model.startswith(GGUF):
+        files = [find_gguf(base_model.removeprefix(GGUF))]
+    elif _is_local(base_model):
+        files = sorted(path for path in _local_folder(base_model).iterdir() if path.is_file())
+    else:
+        return ""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_local(base_model: str) -> bool:
+    return base_model.startswith((".", "/", "~"))
+
+
+def _local_folder(base_model: str) -> Path:
+    folder = Path(base_model).expanduser()
+    if not (folder / "config.json").is_file():
+        raise DoNotRetry(f"{base_model} is not a model folder: it has no config.json", "correct train_sft.base_model")
+    return folder
 
 
 def find_gguf(where: str) -> Path:

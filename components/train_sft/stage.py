@@ -27,8 +27,9 @@ from components.rlhf.tokens import Encoded, PromptTooLong, encode_completion, en
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
+from components.services.storage import Storage
 from components.train_sft.examples import Example, from_rankings, read_demonstrations
-from components.train_sft.pretrained import load_pretrained
+from components.train_sft.pretrained import load_pretrained, model_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +81,8 @@ class Inputs(Settings):
     """Snapshot of rankings, as ingest_rankings wrote it."""
     demonstrations: str = ""
     """JSONL file or s3:// object of {"prompt", "completion"}; empty: learn from the rankings' completions."""
+    fingerprint: str = ""
+    """Digest of demonstrations and base model (`fingerprint_of`); unused here, it makes an orchestrator's cache key follow them."""
 
 
 class Outputs(NamedTuple):
@@ -103,7 +106,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         train = list(from_rankings(iterate_snapshot(snapshot, "train"), config.completions))
     if not train:
         raise DoNotRetry(f"{inputs.snapshot_uri} has no rankings in the train split", "lower ingest_rankings.test_fraction")
-    uri = context.uri("policies", json_digest([context.key, [tuple(e) for e in train]])[:32])
+    start = model_digest(config.base_model)
+    uri = context.uri("policies", json_digest([context.key, start, [tuple(e) for e in train]])[:32])
     if context.published_before(uri):
         return Outputs(uri)
 
@@ -136,6 +140,12 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     context.storage.publish_folder(folder, uri, context.marker("policy", **facts, parents={"snapshot": inputs.snapshot_uri}))
     Checkpoints(context, "sft", config.checkpoint_seconds).clear()
     return Outputs(uri)
+
+
+def fingerprint_of(demonstrations: str, base_model: str, storage: Storage) -> str:
+    """A digest that changes whenever the content of either does; for the cache key, which knows names and no content."""
+    examples = [tuple(e) for e in read_demonstrations(demonstrations, storage)] if demonstrations else []
+    return json_digest([examples, model_digest(base_model)])
 
 
 def _from_scratch(config: Config, examples: Sequence[Example]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,0 +1,66 @@
+"""The compiled graph against its golden shape, and rules that every component keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipelines import STAGES
+from tests.golden.write import GOLDEN, compiled, text
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return compiled()
+
+
+def executors(document: dict[str, Any]) -> dict[str, Any]:
+    return {name: each["container"] for name, each in document["deploymentSpec"]["executors"].items()}
+
+
+def test_the_graph_has_its_golden_shape() -> None:
+    assert text() == GOLDEN.read_text(encoding="utf-8"), "the graph changed; if it was meant, `make golden` and review the diff"
+
+
+def test_no_parameter_defaults_to_none(document: dict[str, Any]) -> None:
+    defaults = {key: value.get("defaultValue") for key, value in document["root"]["inputDefinitions"]["parameters"].items()}
+    assert [key for key, value in defaults.items() if value is None] == ["rankings"], "only rankings is required"
+
+
+def test_every_stage_of_the_graph_has_a_config_parameter(document: dict[str, Any]) -> None:
+    assert {f"{stage}_config" for stage in STAGES} <= set(document["root"]["inputDefinitions"]["parameters"])
+
+
+def test_wrappers_are_thin(document: dict[str, Any]) -> None:
+    for name, container in executors(document).items():
+        source = container["command"][-1]
+        assert len(source.encode()) < 2048, name
+        assert "pip install" not in " ".join(container["command"]), f"{name} installs packages when it runs"
+
+
+def test_a_value_that_decides_a_branch_is_one_word(document: dict[str, Any]) -> None:
+    """A quote, a newline or a number in a compared value makes neither branch of KFP run."""
+    import yaml
+
+    conditions = [line for line in yaml.safe_dump(document, width=10_000).splitlines() if "condition:" in line]
+    assert len(conditions) == 4
+    assert all("== 'pass'" in line.replace("''", "'") for line in conditions)
+
+
+def test_what_depends_on_the_registry_is_never_cached(document: dict[str, Any]) -> None:
+    from tests.golden.write import shape
+
+    def cached(tasks: dict[str, Any]) -> dict[str, bool]:
+        found = {}
+        for name, task in tasks.items():
+            found |= cached(task["tasks"]) if "tasks" in task else {name: task["cached"]}
+        return found
+
+    assert {name for name, yes in cached(shape(document)["tasks"]).items() if yes} == {
+        "ingest-rankings",
+        "validate-data",
+        "train-sft",
+        "train-reward-model",
+        "ppo-finetune",
+    }
