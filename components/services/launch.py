@@ -212,7 +212,8 @@ def launch(
         context.tracker.start(context.config, context.inputs)
         ready = time.monotonic()
         outputs: tuple[Any, ...] = module.run(parsed_config, parsed_inputs, context)
-        context.tracker.metrics({k: v for k, v in context.summary.items() if isinstance(v, (int, float))})
+        # A name of its own, because a stage's series may have the same names.
+        context.tracker.metrics({f"summary/{k}": v for k, v in context.summary.items() if isinstance(v, (int, float))})
         context.tracker.finish("FINISHED")
         if metrics is not None:
             for key, value in context.summary.items():

@@ -29,7 +29,9 @@ def test_config_and_inputs_are_frozen_and_documented(stage: str) -> None:
         assert kind.model_config["extra"] == "forbid"
         for name, field in kind.model_fields.items():
             assert field.description, f"{stage}.{name} says nothing of itself"
-            assert field.is_required() or field.get_default(call_default_factory=True) is not None, f"{stage}.{name} defaults to None"
+            assert field.is_required() or field.get_default(call_default_factory=True) is not None, (
+                f"{stage}.{name} defaults to None"
+            )
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,0 +1,138 @@
+"""The local servers: keys that are checked, one owner of a folder, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import boto3
+import psutil
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from components.services.exits import DoNotRetry, Retry
+from components.services.storage import Storage
+from pipelines.local_services import LocalServices, environment_of, free_ports
+
+
+def on(home: Path) -> list[psutil.Process]:
+    """Server processes that work on this home."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        text = " ".join(process.info["cmdline"] or ())
+        if f"-dir={home}" in text or f"{home}/mlflow.db" in text:
+            found.append(process)
+    return found
+
+
+def test_they_start_keep_their_data_and_leave_nothing_running(tmp_path: Path) -> None:
+    with LocalServices(tmp_path) as services, environment_of(services):
+        Storage().put_bytes("s3://rankloop/kept", b"data")
+        with urllib.request.urlopen(services.tracking_uri + "/health", timeout=5) as reply:
+            assert reply.status == 200
+        for process in on(tmp_path):
+            for connection in process.net_connections():
+                if connection.status == psutil.CONN_LISTEN:
+                    assert connection.laddr.ip in ("127.0.0.1", "::1"), connection
+        first = dict(services.environment)
+    assert not on(tmp_path)
+    with LocalServices(tmp_path) as services, environment_of(services):
+        assert Storage().get_bytes("s3://rankloop/kept") == b"data"
+        assert services.environment["AWS_SECRET_ACCESS_KEY"] != first["AWS_SECRET_ACCESS_KEY"]
+
+
+def test_a_second_process_uses_the_servers_of_the_first_and_leaves_them(tmp_path: Path) -> None:
+    with LocalServices(tmp_path) as first:
+        with LocalServices(tmp_path) as second:
+            assert second.attached
+            assert second.tracking_uri == first.tracking_uri
+        with urllib.request.urlopen(first.tracking_uri + "/health", timeout=5) as reply:
+            assert reply.status == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_they_end_with_their_owner_however_it_ends(tmp_path: Path, number: signal.Signals) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "services", "--home", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert owner.stdout is not None
+    assert "MLflow: http://127.0.0.1:" in owner.stdout.readline()
+    assert on(tmp_path)
+    os.killpg(owner.pid, number)
+    owner.communicate(timeout=30)
+    deadline = time.monotonic() + 15
+    while on(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not on(tmp_path)
+
+
+def test_a_wrong_key_is_refused_and_says_what_to_check(services: LocalServices, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(DoNotRetry, match="refuses access"):
+        Storage().put_bytes("s3://rankloop/x", b"")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    with pytest.raises(DoNotRetry, match="AWS_ACCESS_KEY_ID"):
+        Storage().get_bytes("s3://rankloop/x")
+
+
+def test_nobody_reads_without_a_key(services: LocalServices) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(services.environment["AWS_ENDPOINT_URL_S3"] + "/rankloop/.ready", timeout=5)
+    assert refused.value.code == 403
+
+
+def test_a_store_that_is_down_is_a_failure_to_retry(services: LocalServices, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{free_ports(1)[0]}")
+    with pytest.raises(Retry, match="cannot be reached"):
+        Storage().put_bytes("s3://rankloop/x", b"")
+
+
+def test_conditional_writes_have_one_winner(services: LocalServices) -> None:
+    storage, uri = Storage(), "s3://rankloop/conditional"
+    etag = storage.put_if(uri, b"first")
+    assert etag
+    assert storage.put_if(uri, b"second") == "", "it is there"
+    changed = storage.put_if(uri, b"third", etag)
+    assert changed
+    assert storage.put_if(uri, b"fourth", etag) == "", "it is another by now"
+    assert storage.get_with_etag(uri) == (b"third", changed)
+    assert storage.put_if("s3://rankloop/conditional-none", b"x", etag) == "", "there is nothing to replace"
+
+
+def test_a_folder_is_published_whole_or_not_at_all(
+    services: LocalServices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    storage, uri = Storage(), "s3://rankloop/half"
+    upload = storage.upload_file
+
+    def fail_at_c(path: Path, target: str) -> None:
+        if path.name == "c":
+            raise OSError(28, "No space left on device")
+        upload(path, target)
+
+    monkeypatch.setattr(storage, "upload_file", fail_at_c)
+    with pytest.raises(OSError, match="No space"):
+        storage.publish_folder(tmp_path, uri, {"role": "test"})
+    assert not list(storage.list(uri + "/"))
+    monkeypatch.undo()
+    storage.publish_folder(tmp_path, uri, {"role": "test"})
+    assert storage.is_published(uri)
+
+
+def test_boto3_needs_no_special_client(services: LocalServices) -> None:
+    """The servers are plain S3: path style and signature version 4."""
+    client = boto3.session.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
+    with pytest.raises(ClientError, match="NoSuchBucket"):
+        client.list_objects_v2(Bucket="no-such-bucket")

@@ -1,0 +1,241 @@
+"""`rankloop run` as a person runs it: a process, real servers, the whole graph with a small profile."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from components.services.exits import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED, EXIT_RETRY
+from components.services.storage import Storage
+from components.services.tracking import client
+from components.simulated_world.generate import simulate_rankings
+from pipelines import STAGES
+from pipelines.local_services import LocalServices, environment_of
+
+PROFILE = Path(__file__).with_name("small.yaml")
+
+
+def command(home: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", "run", "--profile", str(PROFILE), "--home", str(home), *options]
+
+
+def environment() -> dict[str, str]:
+    """This process's, without the servers of the test session."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RANKLOOP_"))}
+
+
+def run(home: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(home, *options), capture_output=True, text=True, env=environment(), timeout=300, check=False)
+
+
+def start(home: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(home, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def wait_for_stage(home: Path, runs_before: int, stage: str, process: subprocess.Popen[str]) -> None:
+    """Until the newest run has begun the stage."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        folders = sorted((home / "runs").glob("*")) if (home / "runs").exists() else []
+        if len(folders) > runs_before and (folders[-1] / "events.jsonl").exists():
+            begun = [json.loads(line) for line in (folders[-1] / "events.jsonl").read_text().splitlines() if line.endswith("}")]
+            if any(each["event"] == "start" and each["stage"] == stage for each in begun):
+                return
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        time.sleep(0.05)
+    raise AssertionError(f"{stage} never began")
+
+
+def left_behind(home: Path) -> list[str]:
+    """Command lines of processes that still work on this home."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        text = " ".join(process.info["cmdline"] or ())
+        if str(home) in text and process.pid != os.getpid() and "pytest" not in text:
+            found.append(text)
+    return found
+
+
+def write_rankings(path: Path, count: int, seed: int) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in simulate_rankings(count, seed)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("loop")
+
+
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rankings(tmp_path_factory.mktemp("labels") / "rankings.jsonl", 200, seed=0)
+
+
+def registry(home: Path) -> tuple[list[Any], dict[str, str]]:
+    """Versions of the policy, oldest first, and its aliases."""
+    with LocalServices(home) as services, environment_of(services):
+        mlflow = client()
+        if not mlflow.search_registered_models("name = 'rankloop-policy'"):
+            return [], {}
+        versions = sorted(mlflow.search_model_versions("name = 'rankloop-policy'"), key=lambda v: int(v.version))
+        return versions, {k: str(v) for k, v in mlflow.get_registered_model("rankloop-policy").aliases.items()}
+
+
+def test_an_interrupt_in_any_stage_stops_everything_and_the_next_run_goes_on(home: Path, rankings: Path) -> None:
+    for number, stage in enumerate(STAGES):
+        process = start(home, "--rankings", str(rankings))
+        wait_for_stage(home, number, stage, process)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == EXIT_INTERRUPTED, output
+        assert "interrupted" in output
+        assert "Traceback" not in output
+        assert not left_behind(home), f"after the interrupt in {stage}"
+    versions, aliases = registry(home)
+    assert len(versions) <= 1
+    assert "champion" not in aliases
+
+    done = run(home, "--rankings", str(rankings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    versions, aliases = registry(home)
+    assert len(versions) == 1, "a retry registers nothing twice"
+    assert aliases["champion"] == "1"
+    assert "200 read, 200 kept, 0 duplicates, 0 quarantined" in done.stdout
+    report = next(line for line in done.stdout.splitlines() if "report.html" in line)
+    assert "<html" in Path(report.split("│")[2].strip()).read_text(encoding="utf-8")
+
+
+def test_unchanged_work_is_reused_and_changed_content_at_the_same_path_is_not(home: Path, rankings: Path) -> None:
+    again = run(home, "--rankings", str(rankings))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert re.findall(r"^= (\w+) +reused", again.stdout, re.M) == list(STAGES[:5])
+    assert len(registry(home)[0]) == 1
+
+    write_rankings(rankings, 210, seed=1)
+    other = run(home, "--rankings", str(rankings))
+    assert other.returncode == 0, other.stdout + other.stderr
+    assert "reused" not in other.stdout
+    assert "210 read, 210 kept" in other.stdout
+    assert "over version 1" in other.stdout, "the challenger is compared with the champion"
+    assert len(registry(home)[0]) == 2
+
+
+def test_a_changed_setting_repeats_its_stage_and_those_after_it(home: Path, rankings: Path) -> None:
+    done = run(home, "--rankings", str(rankings), "--set", "ppo_finetune.beta=0.2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^= (\w+) +reused", done.stdout, re.M) == list(STAGES[:4])
+
+
+def test_every_stage_is_a_child_run_with_config_metrics_and_artifacts(home: Path) -> None:
+    with LocalServices(home) as services, environment_of(services):
+        mlflow = client()
+        experiment = mlflow.get_experiment_by_name("rankloop").experiment_id
+        parents = mlflow.search_runs([experiment], "tags.mlflow.runName LIKE 'rlhf-%' and attributes.status = 'FINISHED'")
+        whole = []
+        for parent in parents:
+            children = mlflow.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+            if set(STAGES) <= {child.data.tags["rankloop.stage"] for child in children}:
+                whole = children
+        assert whole, "no run of the whole graph has all its children"
+        for child in whole:
+            assert child.info.status == "FINISHED"
+            names = {item.path for item in mlflow.list_artifacts(child.info.run_id)}
+            assert "config.json" in names
+        by_stage = {child.data.tags["rankloop.stage"]: child for child in whole}
+        assert len(mlflow.get_metric_history(by_stage["ppo_finetune"].info.run_id, "reward")) == 3
+        for stage, file in (("validate_data", "data_docs.html"), ("evaluate", "report.html")):
+            assert file in {item.path for item in mlflow.list_artifacts(by_stage[stage].info.run_id)}
+
+
+def test_failed_data_end_the_run_with_the_expectation_and_move_nothing(home: Path, tmp_path: Path) -> None:
+    before = registry(home)
+    few = write_rankings(tmp_path / "few.jsonl", 20, seed=2)
+    done = run(home, "--rankings", str(few))
+    assert done.returncode == EXIT_DO_NOT_RETRY
+    assert "enough rankings: observed" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    after = registry(home)
+    assert after[1] == before[1]
+    assert len(after[0]) == len(before[0])
+
+
+def test_mlflow_killed_in_the_middle_is_a_failure_to_retry_and_the_retry_succeeds(home: Path, tmp_path: Path) -> None:
+    rankings = write_rankings(tmp_path / "rankings.jsonl", 220, seed=3)
+    runs = len(list((home / "runs").glob("*")))
+    process = start(home, "--rankings", str(rankings))
+    wait_for_stage(home, runs, "train_reward_model", process)
+    servers = json.loads((home / "services.json").read_text(encoding="utf-8"))
+    psutil.Process(servers["processes"][1]).kill()
+    for child in psutil.process_iter(["cmdline"]):  # its workers
+        text = " ".join(child.info["cmdline"] or ())
+        if f"{home / 'mlflow.db'}" in text:
+            child.kill()
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == EXIT_RETRY, output
+    assert "MLflow" in output
+    assert "Traceback" not in output
+    assert not left_behind(home)
+
+    done = run(home, "--rankings", str(rankings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^= (\w+) +reused", done.stdout, re.M)[:3] == list(STAGES[:3])
+
+
+def test_what_is_published_is_complete(home: Path) -> None:
+    """Whatever was interrupted above: a folder of artifacts has its marker, or it is not counted."""
+    with LocalServices(home) as services, environment_of(services):
+        storage = Storage()
+        for kind in ("policies", "reward_models", "evaluations"):
+            uris = [item.uri for item in storage.list(f"{services.storage_root}/{kind}/")]
+            markers = {uri.rpartition("/")[0] for uri in uris if uri.endswith("/rankloop.json")}
+            assert markers, kind
+            for uri in uris:
+                assert any(uri.startswith(folder + "/") for folder in markers), f"{uri} belongs to no published folder"
+        assert not list(storage.list(f"{services.storage_root}/checkpoints/")), "finished work leaves no checkpoint"
+
+
+@pytest.fixture(scope="module")
+def kept_up(home: Path) -> Iterator[None]:
+    """The home's servers, which a run then uses and leaves alone."""
+    with LocalServices(home):
+        yield
+
+
+@pytest.mark.usefixtures("kept_up")
+@pytest.mark.parametrize(
+    ("options", "code", "expected"),
+    [
+        (["--rankings", "/no/such/file.jsonl"], EXIT_DO_NOT_RETRY, "no such file or folder"),
+        (["--rankings", "s3://no-such-bucket/data"], EXIT_DO_NOT_RETRY, "bucket 'no-such-bucket'"),
+        (["--rankings", "ftp://somewhere/data"], EXIT_DO_NOT_RETRY, "unknown scheme"),
+        ([], EXIT_DO_NOT_RETRY, "give them with --rankings"),
+        (["--rankings", "{rankings}", "--demonstrations", "/no/such/demos.jsonl"], EXIT_DO_NOT_RETRY, "are not a file"),
+        (["--rankings", "{rankings}", "--set", "train_sft.base_model=./no-model"], EXIT_DO_NOT_RETRY, "has no config.json"),
+        (["--rankings", "{rankings}", "--set", "train_sft.context_tokens=16"], EXIT_DO_NOT_RETRY, "fits the context of 16 tokens"),
+        (["--rankings", "{rankings}", "--set", "ppo_finetune.max_new_tokens=240"], EXIT_DO_NOT_RETRY, "fit the context"),
+    ],
+)
+def test_wrong_input_is_named_with_its_remedy(home: Path, rankings: Path, options: list[str], code: int, expected: str) -> None:
+    done = run(home, *(option.format(rankings=rankings) for option in options))
+    text = done.stdout + done.stderr
+    assert done.returncode == code, text
+    assert expected in text
+    assert "Traceback" not in text

@@ -1,0 +1,45 @@
+"""The command line: help, exit codes, and no traceback for a person."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+def rankloop(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments], capture_output=True, text=True, timeout=120, cwd=cwd, check=False
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "compile", "services", "models"])
+def test_every_command_explains_itself(command: str) -> None:
+    done = rankloop(command, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+def test_compile_writes_the_graph(tmp_path: Path) -> None:
+    done = rankloop("compile", "--output", str(tmp_path / "graph.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((tmp_path / "graph.yaml").read_text(encoding="utf-8"))["pipelineInfo"]["name"] == "rlhf"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (("run", "--profile", "none"), 65, "unknown profile 'none'"),
+        (("run", "--set", "nonsense"), 65, "write --set stage.key=value"),
+        (("run", "--seed", "one"), 2, "--seed"),
+        (("rnu",), 2, "rnu"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_its_code_and_no_traceback(arguments: tuple[str, ...], code: int, expected: str) -> None:
+    done = rankloop(*arguments)
+    assert done.returncode == code
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr

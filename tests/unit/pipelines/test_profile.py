@@ -1,0 +1,90 @@
+"""Profiles: resolved completely, checked before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from components.services.exits import DoNotRetry
+from pipelines import STAGES
+from pipelines.profile import load, names
+
+
+@pytest.mark.parametrize("name", names())
+def test_each_profile_of_ours_loads_with_every_setting_of_every_stage(name: str) -> None:
+    profile = load(name)
+    assert tuple(profile.stages) == STAGES
+    assert profile.description
+    assert profile.stages["ppo_finetune"]["gamma"] == 1.0, "a default that no profile names is resolved"
+
+
+def test_an_assignment_has_its_settings_own_type() -> None:
+    profile = load(
+        "tiny", ["ppo_finetune.updates=7", "ppo_finetune.beta=0.5", "ppo_finetune.whiten_rewards=true", "train_sft.base_model=12"]
+    )
+    chosen = profile.stages["ppo_finetune"]
+    assert (chosen["updates"], chosen["beta"], chosen["whiten_rewards"]) == (7, 0.5, True)
+    assert profile.stages["train_sft"]["base_model"] == "12", "a text stays a text"
+
+
+def test_the_seed_reaches_every_stage_that_has_one_and_the_simulation() -> None:
+    profile = load("tiny", seed=5)
+    assert [s for s in STAGES if profile.stages[s].get("seed") == 5] == [
+        "train_sft",
+        "train_reward_model",
+        "ppo_finetune",
+        "evaluate",
+    ]
+    assert profile.simulated is not None
+    assert profile.simulated.seed == 5
+
+
+def test_the_simulation_can_be_set() -> None:
+    profile = load("tiny", ["simulated.rankings=10"])
+    assert profile.simulated is not None
+    assert profile.simulated.rankings == 10
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("ppo_finetune.updates", "write --set stage.key=value"),
+        ("updates=3", "write --set stage.key=value"),
+        ("ppo.updates=3", "unknown stage 'ppo'"),
+        ("ppo_finetun.updates=3", "did you mean 'ppo_finetune'?"),
+        ("ppo_finetune.update=3", "did you mean 'updates'?"),
+        ("ppo_finetune.updates=many", "ppo_finetune.updates = 'many'"),
+        ("ppo_finetune.updates=2.5", "ppo_finetune.updates = 2.5"),
+        ("ppo_finetune.updates=0", "ppo_finetune.updates = 0"),
+        ("ppo_finetune.beta=NaN", "ppo_finetune.beta"),
+        ("simulated.ranking=3", "simulated.ranking: there is no such key"),
+    ],
+)
+def test_a_wrong_assignment_is_named_with_its_remedy(assignment: str, expected: str) -> None:
+    with pytest.raises(DoNotRetry) as failure:
+        load("tiny", [assignment])
+    assert expected in str(failure.value)
+
+
+def test_an_unknown_profile_names_those_that_there_are() -> None:
+    with pytest.raises(DoNotRetry, match=r"unknown profile 'tinny'; did you mean 'tiny'\? Known: smollm2, tiny"):
+        load("tinny")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train_sft: {epochs: 1", "is not YAML"),
+        ("[1, 2]", "is not a profile"),
+        ("train_sft: 3", "is not a profile"),
+        ("train_sfd: {epochs: 1}", "did you mean 'train_sft'?"),
+        ("train_sft: {epoch: 1}", "train_sft.epoch: there is no such key"),
+    ],
+)
+def test_a_broken_profile_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DoNotRetry) as failure:
+        load(str(path))
+    assert expected in str(failure.value)
