@@ -20,7 +20,7 @@ class EncodedRanking(NamedTuple):
     """A ranking with its K completions as token ids, each ended by EOS.
 
     Fields:
-        prompts: K times the prompt, cut at the front where prompt and completion do not fit.
+        prompts: K times the same prompt, cut at the front where it does not fit with the longest completion.
         completions: K completions, never cut.
     """
 
@@ -49,12 +49,12 @@ def encode_rankings(tokenizer: PreTrainedTokenizerBase, rankings: Iterable[Ranki
     for ranking in rankings:
         completions = [encode_completion(tokenizer, text) for text in ranking.completions]
         try:
-            encoded = [encode_prompt(tokenizer, ranking.prompt, limit_tokens - len(c)) for c in completions]
+            prompt, cut = encode_prompt(tokenizer, ranking.prompt, limit_tokens - max(len(c) for c in completions))
         except PromptTooLong:
             left_out += 1
             continue
-        cut_prompts += any(cut for _, cut in encoded)
-        result.append(EncodedRanking(ranking, [ids for ids, _ in encoded], completions))
+        cut_prompts += cut
+        result.append(EncodedRanking(ranking, [prompt] * len(completions), completions))
     if left_out or cut_prompts:
         _log.warning(
             "%d rankings do not fit %d tokens and are left out; %d lost the front of their prompt",
