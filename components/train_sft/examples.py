@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -47,7 +48,10 @@ def read_demonstrations(uri: str, storage: Storage) -> list[Example]:
             raise DoNotRetry(f"demonstrations {uri} are not a file", "give a JSONL file or an s3:// URI")
         data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise DoNotRetry(f"{uri} is damaged: {error}", "write it again") from error
     examples = []
     for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
@@ -71,6 +75,8 @@ def _example(row: object) -> Example:
     if not isinstance(messages, list) or not messages or not isinstance(completion, str) or not completion.strip():
         raise ValueError("prompt and completion must not be empty")
     for message in messages:
-        if set(message) != {"role", "content"} or message["role"] not in ROLES or not message["content"].strip():
+        if not isinstance(message, dict) or set(message) != {"role", "content"} or message["role"] not in ROLES:
+            raise ValueError(f"not a chat message: {message!r}")
+        if not isinstance(message["content"], str) or not message["content"].strip():
             raise ValueError(f"not a chat message: {message!r}")
     return Example([Message(role=m["role"], content=m["content"]) for m in messages], completion)

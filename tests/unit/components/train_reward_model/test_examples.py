@@ -1,0 +1,111 @@
+"""Rankings as token ids, divided by prompt, in batches of whole rankings; and the loss of a batch against plain torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from components.rlhf.models import new_scorer, save_model, scorer_role
+from components.rlhf.records import Message, Ranking
+from components.rlhf.scratch_model import new_model, train_tokenizer
+from components.services.exits import DoNotRetry
+from components.simulated_world.generate import simulate_rankings
+from components.train_reward_model.examples import EncodedRanking, encode_rankings, pack, split_for_judge
+from components.train_reward_model.stage import Config, accumulate
+
+
+def rankings(count: int) -> list[Ranking]:
+    empty = {"confidence": None}
+    return [Ranking(**{**empty, **r, "ranking_id": str(i)}) for i, r in enumerate(simulate_rankings(count, seed=0))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer([text for r in rankings(60) for text in (r.prompt[0]["content"], *r.completions)], 400, 128)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder: Path = tmp_path_factory.mktemp("base")
+    save_model(new_model(tokenizer, layers=1, hidden=16, heads=2, context_tokens=128, seed=0), tokenizer, folder)
+    scorer = new_scorer(folder, seed=1)
+    scorer.config.pad_token_id = tokenizer.pad_token_id
+    return scorer
+
+
+def test_no_prompt_teaches_both_models(tokenizer: Any) -> None:
+    encoded = encode_rankings(tokenizer, rankings(300), 128).rankings
+    reward, judge = split_for_judge(encoded, 0.3)
+    keys = [{each.ranking.prompt[0]["content"] for each in side} for side in (reward, judge)]
+    assert not keys[0] & keys[1]
+    assert len(reward) + len(judge) == len(encoded)
+    assert len(judge) / len(encoded) == pytest.approx(0.3, abs=0.08)
+
+
+def test_a_single_prompt_cannot_teach_two_models(tokenizer: Any) -> None:
+    with pytest.raises(DoNotRetry, match="do not suffice"):
+        split_for_judge(encode_rankings(tokenizer, rankings(1), 128).rankings, 0.5)
+
+
+def test_all_completions_of_a_ranking_follow_the_same_prompt_and_none_is_cut(tokenizer: Any) -> None:
+    long = rankings(1)[0]
+    turns = [Message(role=role, content="my printer is slow .") for role in ("user", "assistant") * 4]
+    long = long._replace(prompt=[*turns, *long.prompt])
+    whole = encode_rankings(tokenizer, [long], 100_000).rankings[0]
+    limit = whole.tokens // 4 - 10
+    found = encode_rankings(tokenizer, [long], limit)
+    assert (found.left_out, found.cut_prompts) == (0, 1)
+    cut = found.rankings[0]
+    assert all(prompt == cut.prompts[0] for prompt in cut.prompts)
+    assert cut.completions == whole.completions
+    assert cut.tokens // 4 <= limit
+    assert encode_rankings(tokenizer, [long], max(map(len, whole.completions)) + 1).left_out == 1
+
+
+def test_packs_hold_every_ranking_once_and_whole(tokenizer: Any) -> None:
+    encoded = encode_rankings(tokenizer, rankings(40), 128).rankings
+    packs = pack(encoded, 1000)
+    assert sorted(id(each) for group in packs for each in group) == sorted(map(id, encoded))
+    for group in packs:
+        longest = max(each.tokens // len(each.prompts) for each in group)
+        assert len(group) == 1 or sum(len(each.prompts) for each in group) * longest <= 1000
+
+
+def by_hand(model: Any, batch: list[EncodedRanking]) -> torch.Tensor:
+    """-log sigmoid(better - worse) over C(K,2), ties giving nothing, weighted mean over rankings; one sequence at a time."""
+    total, weights = torch.zeros(()), 0.0
+    for each in batch:
+        scores = [model(torch.tensor([p + c])).logits[0, 0] for p, c in zip(each.prompts, each.completions, strict=True)]
+        losses = [-logsigmoid(scores[better] - scores[worse]) for better, worse in each.ranking.pairs()]
+        weight = each.ranking.confidence or 1.0
+        total = total + weight * sum(losses, torch.zeros(())) / math.comb(len(scores), 2)
+        weights += weight
+    return total / weights
+
+
+def test_the_loss_and_its_gradient_are_those_of_all_pairs_whatever_the_micro_batches(tokenizer: Any, model: Any) -> None:
+    some = rankings(12)
+    some = [r._replace(confidence=[None, 0.5, 0.9][i % 3]) for i, r in enumerate(some)]
+    some[0] = some[0]._replace(completions=some[0].completions[:2], ranks=[2, 1])
+    some[1] = some[1]._replace(ranks=[1, 1, 2, 3])
+    batch = encode_rankings(tokenizer, some, 128).rankings
+    model.zero_grad()
+    expected = by_hand(model, batch)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for micro_batch_tokens in (64, 700, 100_000):
+        model.zero_grad()
+        loss, accuracy = accumulate(
+            Config(micro_batch_tokens=micro_batch_tokens), scorer_role(model, trainable=True), batch, tokenizer.pad_token_id
+        )
+        assert loss == pytest.approx(expected.item(), abs=1e-5)
+        assert 0 <= accuracy <= 1
+        assert math.isfinite(loss)
+        for name, parameter in model.named_parameters():
+            if name in gradients:
+                torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)
