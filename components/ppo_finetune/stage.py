@@ -46,6 +46,8 @@ class Config(Settings):
     """Sampling temperature; log-probabilities are taken at it too."""
     no_eos_score: float = -3.0
     """Score of a completion without EOS, instead of the reward model's; in deviations of its scores."""
+    cut_completions: Literal["fixed", "scored"] = "fixed"
+    """A completion without EOS: gets no_eos_score ("fixed"), or is scored as if it ended there, as the evaluation does ("scored")."""
     epochs: int = Field(4, ge=1)
     """Passes over the completions of an update."""
     minibatches: int = Field(1, ge=1)
@@ -261,7 +263,7 @@ def read_prompts(config: Config, roles: Roles, snapshot: Path) -> tuple[list[lis
     Raises:
         DoNotRetry: there are fewer than one update needs.
     """
-    room = context_tokens(roles.model) - config.max_new_tokens
+    room = context_tokens(roles.model) - config.max_new_tokens - (config.cut_completions == "scored")  # EOS is put there
     limit = min(config.max_prompt_tokens or room, room)
     distinct = {prompt_key(r.prompt): r.prompt for r in iterate_snapshot(snapshot, "train")}
     prompts, left_out, cut = [], 0, 0

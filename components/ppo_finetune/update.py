@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Knobs(Protocol):
     max_new_tokens: int
     temperature: float
     no_eos_score: float
+    cut_completions: Literal["fixed", "scored"]
     micro_batch_tokens: int
     epochs: int
     minibatches: int
@@ -47,7 +48,7 @@ class Experience(NamedTuple):
     Fields:
         completions: the B completions as sampled.
         batch: the same, right-padded.
-        scores_B: centred score of the reward model, `no_eos_score` where EOS is missing.
+        scores_B: centred score of the reward model; where EOS is missing `no_eos_score`, or the score with EOS put there.
         judge_B: the judge's, in the same way. Never optimised.
         logprobs_old_BT, logprobs_reference_BT: at the sampling temperature, 0 outside the completion.
         values_old_BT: value before each completion token, 0 elsewhere.
@@ -91,10 +92,12 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     pad_id, device = roles.tokenizer.pad_token_id, roles.policy.device
     prompts, answers = [c.prompt_ids for c in completions], [c.token_ids for c in completions]
     ended_B = torch.tensor([c.ended for c in completions])
+    closed = [c.token_ids if c.ended else [*c.token_ids, roles.tokenizer.eos_token_id] for c in completions]
 
     def scored(role: Role, centring: Centring) -> Tensor:
-        raw_B = score_tokens(role, prompts, answers, pad_id=pad_id, max_tokens=knobs.micro_batch_tokens)
-        return torch.where(ended_B, centring(raw_B), knobs.no_eos_score).to(device)
+        raw_B = score_tokens(role, prompts, closed, pad_id=pad_id, max_tokens=knobs.micro_batch_tokens)
+        kept_B = ended_B | (knobs.cut_completions == "scored")
+        return torch.where(kept_B, centring(raw_B), knobs.no_eos_score).to(device)
 
     scores_B = scored(roles.reward, roles.reward_centring)
     judge_B = scored(roles.judge, roles.judge_centring)

@@ -104,6 +104,20 @@ def test_line_19_a_missing_eos_replaces_the_score(folders: dict[str, Any]) -> No
     assert (experience.judge_B[~ended] == -7.5).all()
 
 
+def test_a_cut_completion_can_be_scored_as_if_it_ended_there(folders: dict[str, Any]) -> None:
+    config, roles = _config(cut_completions="scored", max_new_tokens=3), _roles(folders)
+    experience = _experience(config, roles)
+    model, _ = load_scorer(folders["reward"])
+    assert not all(c.ended for c in experience.completions)
+    for completion, mine in zip(experience.completions, experience.scores_B, strict=True):
+        eos = [] if completion.ended else [roles.tokenizer.eos_token_id]
+        raw = model(torch.tensor([[*completion.prompt_ids, *completion.token_ids, *eos]])).logits.squeeze()
+        assert mine.item() == pytest.approx(Centring.of(model.config)(raw).item(), abs=1e-3)
+    assert experience.batch.completion_mask_BT.sum() == sum(len(c.token_ids) for c in experience.completions), (
+        "nobody sampled that EOS"
+    )
+
+
 def test_scores_are_those_of_the_saved_reward_models(folders: dict[str, Any]) -> None:
     """An adapter on the shared base scores what the merged folder scores in plain transformers (decision 5)."""
     config, roles = _config(), _roles(folders)
