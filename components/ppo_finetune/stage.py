@@ -47,7 +47,7 @@ class Config(Settings):
     no_eos_score: float = -3.0
     """Score of a completion without EOS, instead of the reward model's; in deviations of its scores."""
     cut_completions: Literal["fixed", "scored"] = "fixed"
-    """A completion without EOS: gets no_eos_score ("fixed"), or is scored as if it ended there, as the evaluation does ("scored")."""
+    """A completion without EOS: gets no_eos_score ("fixed"), or is scored as if it ended there, as in evaluation ("scored")."""
     epochs: int = Field(4, ge=1)
     """Passes over the completions of an update."""
     minibatches: int = Field(1, ge=1)
