@@ -150,7 +150,7 @@ def show_result(console: Console, storage: Storage, services: LocalServices, res
         ("KL to SFT", estimate(measures.get("kl_reference")) + " nats per answer"),
         ("gate", evaluation["gate"] + failed_rows(evaluation)),
         ("registry", f"{services_name(registered)} version {version}, {alias}"),
-        ("report", str(report)),
+        ("report", str(report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report)),
         ("MLflow", services.tracking_uri),
         ("artifacts", evaluation_uri),
     ]
