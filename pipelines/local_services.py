@@ -7,7 +7,6 @@ their process ids when the context ends, and by the kernel if this process is ki
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
@@ -28,6 +27,7 @@ from typing import IO, Any
 import psutil
 
 from components.services.exits import DoNotRetry, Retry
+from pipelines.watchdog import Watchdog
 
 BUCKET = "rankloop"
 START_SECONDS = 60.0
@@ -40,7 +40,6 @@ QUIET = {  # nothing of ours, and nothing of theirs, reports to anybody
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-_PR_SET_PDEATHSIG = 1
 
 
 def default_home() -> Path:
@@ -66,6 +65,7 @@ class LocalServices:
         self.environment: dict[str, str] = {}
         self.attached = False
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._watchdog: Watchdog | None = None
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> LocalServices:
@@ -131,6 +131,7 @@ class LocalServices:
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "RANKLOOP_STORAGE": self.storage_root,
         }
+        self._watchdog = Watchdog()
         seaweed = self._spawn("seaweedfs", self._seaweed_command(ports), {})
         mlflow = self._spawn("mlflow", self._mlflow_command(ports[1]), {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
         self._wait("seaweedfs", seaweed, lambda: _answers(self.environment["AWS_ENDPOINT_URL_S3"], expected=403))
@@ -194,11 +195,12 @@ class LocalServices:
                     env={**os.environ, **self.environment, **extra},
                     cwd=self.home,
                     start_new_session=True,  # Ctrl-C of the terminal is ours to handle
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 )
             except FileNotFoundError as error:
                 raise DoNotRetry(f"{command[0]} is not installed", "install rankloop with its `client` extra") from error
         self._processes.append(process)
+        if self._watchdog is not None:
+            self._watchdog.guard(process.pid)
         return process
 
     def _wait(self, name: str, process: subprocess.Popen[bytes], ready: Any) -> None:
@@ -259,6 +261,9 @@ class LocalServices:
         if self._processes:
             self._state_file.unlink(missing_ok=True)
         self._processes = []
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -314,8 +319,3 @@ def _write_private(path: Path, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
-
-
-def _die_with_parent() -> None:
-    """In the child, before exec: the kernel sends SIGKILL when the parent dies, however it dies."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

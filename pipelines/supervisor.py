@@ -18,6 +18,7 @@ from components.services.exits import EXIT_INTERRUPTED, EXIT_RETRY
 from components.services.launch import FAILURE_VARIABLE
 from components.services.progress import EVENTS_VARIABLE
 from pipelines import STAGES
+from pipelines.watchdog import Watchdog
 
 GRACE_SECONDS = 20.0  # a stage saves its checkpoint when it is told to stop
 POLL_SECONDS = 0.1
@@ -91,6 +92,8 @@ class Supervisor:
                 env={**os.environ, **self._environment},
                 start_new_session=True,
             )
+            watchdog = Watchdog()
+            watchdog.guard(child.pid)
             try:
                 with open(self._events_file, encoding="utf-8") as events:
                     while child.poll() is None and not self._signal:
@@ -101,6 +104,7 @@ class Supervisor:
                     self._read(events.readline)
             finally:
                 _end(child, signal.SIGKILL)
+                watchdog.stop()
         return self._result(child.returncode, time.monotonic() - started)
 
     @contextlib.contextmanager

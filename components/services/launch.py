@@ -177,10 +177,13 @@ class Context:
     _interrupted = False
 
     def on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        self._interrupted = number == signal.SIGINT
+        # Should this exception be lost, or a read begin just after the signal, it is raised again every second.
+        if number != signal.SIGALRM:
+            self._interrupted = number == signal.SIGINT
         if self._deferred and not self._stop.is_set():
             self._stop.set()
         else:
+            signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
             self.leave()
 
 
@@ -207,7 +210,7 @@ def launch(
         parsed_config = parse_settings(module.Config, config, stage)
         parsed_inputs = parse_settings(module.Inputs, inputs, stage)
         context = Context(stage, parsed_config, parsed_inputs, scratch)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, context.on_signal)
         context.tracker.start(context.config, context.inputs)
         ready = time.monotonic()
@@ -243,7 +246,8 @@ def launch(
 
 def _fail(stage: str, error: BaseException, context: Context | None, progress: Progress) -> NoReturn:
     """Records why the stage failed wherever somebody may look, and exits."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not cut the clean-up
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or tempfile.gettempdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -25,9 +24,9 @@ from components.simulated_world.generate import simulate_rankings
 from pipelines.local_services import LocalServices
 
 OPTIONS = {
-    "train_sft": {"layers": 1, "hidden": 32, "heads": 2, "vocabulary": 400, "epochs": 1, "test_examples": 16},
-    "train_reward_model": {"batch_rankings": 8},
-    "ppo_finetune": {"updates": 6, "batch_prompts": 8, "max_new_tokens": 8, "epochs": 2, "max_kl_reference": 1000},
+    "train_sft": {"layers": 1, "hidden": 32, "heads": 2, "vocabulary": 400, "epochs": 2, "test_examples": 16},
+    "train_reward_model": {"batch_rankings": 4},
+    "ppo_finetune": {"updates": 16, "batch_prompts": 8, "max_new_tokens": 8, "epochs": 2, "max_kl_reference": 1000},
 }
 
 
@@ -115,9 +114,9 @@ def start(stage: str, root: str, inputs: dict[str, str], events: Path, **options
 @pytest.mark.parametrize("stage", list(OPTIONS))
 def test_killed_and_resumed_it_ends_with_the_same_bits(stage: str, fixed: Fixed, tmp_path: Path) -> None:
     root, events = f"s3://rankloop/killed-{stage}", tmp_path / "events.jsonl"
-    for at in sorted(random.Random(stage).sample(range(1, 5), 2)):
+    for _ in range(2):
         process = start(stage, root, fixed.inputs[stage], events)
-        signal_at(process, events, at, signal.SIGKILL)
+        signal_at(process, events, 1, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     kinds = {item.uri.split("/")[4] for item in Storage().list(root + "/")}

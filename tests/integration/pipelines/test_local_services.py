@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -22,13 +24,19 @@ from components.services.storage import Storage
 from pipelines.local_services import LocalServices, environment_of, free_ports
 
 
-def on(home: Path) -> list[psutil.Process]:
-    """Server processes that work on this home."""
+def servers(home: Path) -> list[int]:
+    """Process groups of the servers that work on this home."""
+    found: list[int] = json.loads((home / "services.json").read_text(encoding="utf-8"))["processes"]
+    return found
+
+
+def alive(groups: list[int]) -> list[psutil.Process]:
+    """What lives of the groups, workers of a server included."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        text = " ".join(process.info["cmdline"] or ())
-        if f"-dir={home}" in text or f"{home}/mlflow.db" in text:
-            found.append(process)
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) in groups and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 
@@ -37,12 +45,14 @@ def test_they_start_keep_their_data_and_leave_nothing_running(tmp_path: Path) ->
         Storage().put_bytes("s3://rankloop/kept", b"data")
         with urllib.request.urlopen(services.tracking_uri + "/health", timeout=5) as reply:
             assert reply.status == 200
-        for process in on(tmp_path):
+        groups = servers(tmp_path)
+        assert len(alive(groups)) >= 2
+        for process in alive(groups):
             for connection in process.net_connections():
                 if connection.status == psutil.CONN_LISTEN:
                     assert connection.laddr.ip in ("127.0.0.1", "::1"), connection
         first = dict(services.environment)
-    assert not on(tmp_path)
+    assert not alive(groups)
     with LocalServices(tmp_path) as services, environment_of(services):
         assert Storage().get_bytes("s3://rankloop/kept") == b"data"
         assert services.environment["AWS_SECRET_ACCESS_KEY"] != first["AWS_SECRET_ACCESS_KEY"]
@@ -67,13 +77,14 @@ def test_they_end_with_their_owner_however_it_ends(tmp_path: Path, number: signa
     )
     assert owner.stdout is not None
     assert "MLflow: http://127.0.0.1:" in owner.stdout.readline()
-    assert on(tmp_path)
+    groups = servers(tmp_path)
+    assert alive(groups)
     os.killpg(owner.pid, number)
     owner.communicate(timeout=30)
     deadline = time.monotonic() + 15
-    while on(tmp_path) and time.monotonic() < deadline:
+    while alive(groups) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not on(tmp_path)
+    assert not alive(groups)
 
 
 def test_a_wrong_key_is_refused_and_says_what_to_check(services: LocalServices, monkeypatch: pytest.MonkeyPatch) -> None:

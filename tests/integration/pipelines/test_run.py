@@ -183,11 +183,7 @@ def test_mlflow_killed_in_the_middle_is_a_failure_to_retry_and_the_retry_succeed
     process = start(home, "--rankings", str(rankings))
     wait_for_stage(home, runs, "train_reward_model", process)
     servers = json.loads((home / "services.json").read_text(encoding="utf-8"))
-    psutil.Process(servers["processes"][1]).kill()
-    for child in psutil.process_iter(["cmdline"]):  # its workers
-        text = " ".join(child.info["cmdline"] or ())
-        if f"{home / 'mlflow.db'}" in text:
-            child.kill()
+    os.killpg(servers["processes"][1], signal.SIGKILL)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == EXIT_RETRY, output
     assert "MLflow" in output
@@ -230,7 +226,6 @@ def kept_up(home: Path) -> Iterator[None]:
         (["--rankings", "{rankings}", "--demonstrations", "/no/such/demos.jsonl"], EXIT_DO_NOT_RETRY, "are not a file"),
         (["--rankings", "{rankings}", "--set", "train_sft.base_model=./no-model"], EXIT_DO_NOT_RETRY, "has no config.json"),
         (["--rankings", "{rankings}", "--set", "train_sft.context_tokens=16"], EXIT_DO_NOT_RETRY, "fits the context of 16 tokens"),
-        (["--rankings", "{rankings}", "--set", "ppo_finetune.max_new_tokens=240"], EXIT_DO_NOT_RETRY, "fit the context"),
     ],
 )
 def test_wrong_input_is_named_with_its_remedy(home: Path, rankings: Path, options: list[str], code: int, expected: str) -> None:
