@@ -13,7 +13,7 @@ from components.evaluate.measures import Answer
 from components.rlhf.models import Precision, context_tokens, load_policy, load_scorer
 from components.rlhf.records import Message, Ranking, prompt_key
 from components.rlhf.reward import score
-from components.rlhf.rollout import Completion, completion_logprobs, sample
+from components.rlhf.rollout import Completion, completion_logprobs, prompt_limit, sample
 from components.rlhf.tokens import PromptTooLong, encode_prompt
 from components.services.exits import DoNotRetry
 from components.services.launch import Context
@@ -27,6 +27,7 @@ class Sampling(NamedTuple):
     """How answers are drawn: as in the config of the stage."""
 
     max_new_tokens: int
+    max_prompt_tokens: int
     temperature: float
     batch_size: int
     seed: int
@@ -85,15 +86,15 @@ def draw(context: Context, policies: Mapping[str, str], prompts: Sequence[list[M
     cut: set[int] = set()
     for name, uri in policies.items():
         model, tokenizer = _load(context, name, uri, "policy", sampling.precision)
-        limit_tokens = context_tokens(model) - sampling.max_new_tokens
+        limit_tokens = prompt_limit(model, sampling.max_new_tokens, sampling.max_prompt_tokens)
         was_cut = {i: _was_cut(tokenizer, prompts[i], limit_tokens) for i in indices}
         indices = [i for i in indices if was_cut[i] is not None]
         cut |= {i for i in indices if was_cut[i]}
         if not indices:
             raise DoNotRetry(
-                f"none of the {len(prompts)} held-out prompts fits the {context_tokens(model)} tokens of context of {uri} "
-                f"together with evaluate.max_new_tokens = {sampling.max_new_tokens}",
-                "lower evaluate.max_new_tokens, or use a model with a longer context",
+                f"none of the {len(prompts)} held-out prompts fits {limit_tokens} tokens: {uri} has a context of "
+                f"{context_tokens(model)}, and evaluate.max_new_tokens is {sampling.max_new_tokens}",
+                "lower evaluate.max_new_tokens, raise evaluate.max_prompt_tokens, or use a model with a longer context",
             )
         completions[name] = _sample(context, name, model, tokenizer, [(i, prompts[i]) for i in indices], sampling)
         ours = list(completions["candidate"].items())
@@ -183,6 +184,7 @@ def _sample(
             tokenizer,
             [prompt for _, prompt in batch],
             max_new_tokens=sampling.max_new_tokens,
+            max_prompt_tokens=sampling.max_prompt_tokens,
             temperature=sampling.temperature,
             seed=sampling.seed * 1_000_003 + number,  # of the batch alone: policies stay in step though one answers longer
             batch_size=sampling.batch_size,

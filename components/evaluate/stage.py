@@ -38,6 +38,8 @@ class Config(Settings):
     """Held-out prompts to answer, at most; each policy answers each once."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest answer, in tokens; as in PPO."""
+    max_prompt_tokens: int = Field(0, ge=0)
+    """Longest prompt that a policy gets, in tokens; as in PPO; 0: what its context leaves."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Sampling temperature, and the temperature at which KL is measured."""
     batch_size: int = Field(64, ge=1)
@@ -117,7 +119,9 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     policies = {"candidate": inputs.candidate_uri, "sft": inputs.sft_uri}
     if champion and not same:
         policies["champion"] = champion.uri
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.batch_size, config.seed, config.precision)
+    sampling = Sampling(
+        config.max_new_tokens, config.max_prompt_tokens, config.temperature, config.batch_size, config.seed, config.precision
+    )
     drawn = draw(context, policies, prompts, sampling)
     used = list(drawn.log_ratios)
     counts = {"asked": config.prompts, "answered": len(used), "too_long": len(prompts) - len(used), "cut": len(drawn.cut)}

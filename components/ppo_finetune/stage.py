@@ -21,10 +21,10 @@ from pydantic import Field, model_validator
 
 from components.ppo_finetune.roles import Roles, load_roles, save_policy
 from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optimise, roll_out, statistics
-from components.rlhf.models import context_tokens
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
 from components.rlhf.records import iterate_snapshot, prompt_key
+from components.rlhf.rollout import prompt_limit
 from components.rlhf.tokens import PromptTooLong, encode_prompt
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
@@ -263,8 +263,8 @@ def read_prompts(config: Config, roles: Roles, snapshot: Path) -> tuple[list[lis
     Raises:
         DoNotRetry: there are fewer than one update needs.
     """
-    room = context_tokens(roles.model) - config.max_new_tokens - (config.cut_completions == "scored")  # EOS is put there
-    limit = min(config.max_prompt_tokens or room, room)
+    put_eos = config.cut_completions == "scored"
+    limit = prompt_limit(roles.model, config.max_new_tokens + put_eos, config.max_prompt_tokens)
     distinct = {prompt_key(r.prompt): r.prompt for r in iterate_snapshot(snapshot, "train")}
     prompts, left_out, cut = [], 0, 0
     for key in sorted(distinct):

@@ -129,11 +129,14 @@ def score(
 ) -> Tensor:
     """Centred scores [N] of texts, each ended by EOS.
 
+    A prompt is cut at the front to what the model's context holds, or to the length that it was trained on where that is shorter
+    (`model_max_length` of its tokenizer).
+
     Raises:
-        PromptTooLong: a prompt and its completion do not fit the model's context, even with the prompt cut at the front.
+        PromptTooLong: a prompt and its completion do not fit, even with the prompt cut at the front.
     """
     answers = [encode_completion(tokenizer, text) for text in completions]
-    limit = context_tokens(model)
+    limit = min(context_tokens(model), tokenizer.model_max_length)
     encoded = [encode_prompt(tokenizer, prompt, limit - len(answer))[0] for prompt, answer in zip(prompts, answers, strict=True)]
     longest = max(len(p) + len(a) for p, a in zip(encoded, answers, strict=True))
     raw = score_tokens(scorer_role(model), encoded, answers, pad_id=tokenizer.pad_token_id, max_tokens=batch_size * longest)

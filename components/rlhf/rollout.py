@@ -113,12 +113,19 @@ def to_completion(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids
     return Completion(list(prompt), ids, text, ended, logprobs)
 
 
+def prompt_limit(model: PreTrainedModel, max_new_tokens: int, max_prompt_tokens: int) -> int:
+    """Tokens that a prompt may have: what the context leaves beside a completion, or less where less is asked for."""
+    left = context_tokens(model) - max_new_tokens
+    return min(left, max_prompt_tokens) if max_prompt_tokens else left
+
+
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[Message]],
     *,
     max_new_tokens: int,
+    max_prompt_tokens: int = 0,
     temperature: float,
     seed: int,
     batch_size: int,
@@ -127,6 +134,7 @@ def sample(
     """One completion per prompt. The same arguments give the same completions.
 
     Args:
+        max_prompt_tokens: longer prompts are cut at the front; 0: what the context leaves.
         progress: called with the number of prompts done after each batch.
 
     Raises:
@@ -134,7 +142,7 @@ def sample(
     """
     role = policy_role(model)
     generator = torch.Generator().manual_seed(seed)
-    limit = context_tokens(model) - max_new_tokens
+    limit = prompt_limit(model, max_new_tokens, max_prompt_tokens)
     encoded = [encode_prompt(tokenizer, prompt, limit)[0] for prompt in prompts]
     done: list[Completion] = []
     for first in range(0, len(encoded), batch_size):

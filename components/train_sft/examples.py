@@ -79,4 +79,8 @@ def _example(row: object) -> Example:
             raise ValueError(f"not a chat message: {message!r}")
         if not isinstance(message["content"], str) or not message["content"].strip():
             raise ValueError(f"not a chat message: {message!r}")
+    try:
+        "".join([completion, *(m["content"] for m in messages)]).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a character: {error}") from error
     return Example([Message(role=m["role"], content=m["content"]) for m in messages], completion)
