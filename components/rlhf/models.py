@@ -10,9 +10,10 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -75,12 +76,12 @@ def load_policy(folder: Path | str, precision: Precision = "float32") -> tuple[P
 
     Raises:
         ValueError: no EOS token or no chat template, or logits that are changed after the head.
-        OSError: not a model folder, or no safetensors in it.
+        OSError: not a model folder, no safetensors in it, or weights that do not fit its config.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer  # four seconds, which reading a config need not cost
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(precision), use_safetensors=True)
+    model = _load_whole(AutoModelForCausalLM, folder, precision)
     for name in _SCALED_LOGITS:
         if getattr(model.config, name, None) not in (None, 0, 1, 1.0):
             raise ValueError(f"{folder}: its config sets {name}: logits that are changed after the head are not supported")
@@ -89,12 +90,29 @@ def load_policy(folder: Path | str, precision: Precision = "float32") -> tuple[P
 
 
 def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A reward model and its tokenizer, in eval mode and frozen."""
+    """A reward model and its tokenizer, in eval mode and frozen.
+
+    Raises:
+        OSError: not a model folder, no safetensors in it, or weights that do not fit its config.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype_of(precision), use_safetensors=True)
+    model = _load_whole(AutoModelForSequenceClassification, folder, precision)
     return model.to(device()).eval().requires_grad_(False), tokenizer
+
+
+def _load_whole(auto_class: Any, folder: Path | str, precision: Precision) -> PreTrainedModel:
+    """A model of which every weight was in the folder: `from_pretrained` would draw missing ones at random and go on."""
+    try:
+        model, found = auto_class.from_pretrained(folder, dtype=dtype_of(precision), use_safetensors=True, output_loading_info=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{folder}: its weights are damaged or do not fit its config.json: {error}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise OSError(
+            f"{folder}: config.json asks for weights that are not there: {', '.join(missing[:3])} ({len(missing)} in all)"
+        )
+    return cast("PreTrainedModel", model)
 
 
 def new_scorer(policy_folder: Path | str, seed: int, precision: Precision = "float32") -> PreTrainedModel:

@@ -42,7 +42,11 @@ def load_pretrained(
         folder = scratch / "base"
         storage.fetch_folder(base_model, folder)
     elif base_model.startswith(GGUF):
-        folder = convert_gguf(find_gguf(base_model.removeprefix(GGUF)), scratch / "base")
+        file = find_gguf(base_model.removeprefix(GGUF))
+        try:
+            folder = convert_gguf(file, scratch / "base")
+        except (ValueError, OSError, EOFError) as error:
+            raise DoNotRetry(f"{file} cannot be converted: {error}", "download it again") from error
     elif _is_local(base_model):
         folder = _local_folder(base_model)
     try:

@@ -34,6 +34,7 @@ from components.train_sft.pretrained import load_pretrained, model_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LOWER_RATE = "lower train_sft.learning_rate"
 _log = logging.getLogger(__name__)
 
 
@@ -214,7 +215,7 @@ def train_loop(config: Config, role: Role, examples: Sequence[Encoded], steps: i
             chosen = [examples[i] for i in order[step * config.batch_size : (step + 1) * config.batch_size]]
             loss = accumulate(role, chosen, pad_id, config.micro_batch_tokens)
             if not math.isfinite(loss):
-                raise DoNotRetry(f"SFT diverged: loss {loss} at step {step}", "lower train_sft.learning_rate")
+                raise DoNotRetry(f"SFT diverged: loss {loss} at step {step}", LOWER_RATE)
             rate = optimiser.learning_rate
             norm = optimiser.step()
             losses.append(loss)
@@ -223,6 +224,8 @@ def train_loop(config: Config, role: Role, examples: Sequence[Encoded], steps: i
                 checkpoints.save(state())
             if stop.is_set():
                 context.leave()
+    if not all(bool(weight.isfinite().all()) for weight in weights_of(role.trainable)):
+        raise DoNotRetry(f"SFT diverged: weights are not finite after step {steps - 1}", LOWER_RATE)
     recent = losses[-max(1, steps // 10) :]
     return sum(recent) / len(recent)
 

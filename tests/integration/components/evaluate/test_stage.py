@@ -146,7 +146,7 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
 def direction(context: Context, base: Path, candidate: str, sft: str) -> torch.Tensor:
     """Head of a reward model that likes the candidate's answers: difference of the mean last hidden states, scaled to length 5."""
     prompts: list[list[Message]] = [ranking.prompt for ranking in simulated(40)]
-    drawn = draw(context, {"candidate": candidate, "sft": sft}, prompts, Sampling(8, 1.0, 20, 1, "float32"))
+    drawn = draw(context, {"candidate": candidate, "sft": sft}, prompts, Sampling(8, 0, 1.0, 20, 1, "float32"))
     backbone, tokenizer = new_scorer(base, seed=5).model, load_policy(base)[1]
     means = []
     for each in drawn.completions.values():

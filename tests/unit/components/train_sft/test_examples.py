@@ -30,6 +30,16 @@ def test_all_completions_once_or_only_what_was_ranked_first() -> None:
     assert [e.completion for e in from_rankings(given, "top")] == ["b", "c"]
 
 
+def test_the_same_answer_to_another_prompt_is_another_example() -> None:
+    given = [ranking(["a", "b"], [1, 2]), ranking(["a", "b"], [1, 2])._replace(prompt=[Message(role="user", content="how ?")])]
+    assert [(e.prompt[0]["content"], e.completion) for e in from_rankings(given, "all")] == [
+        ("why ?", "a"),
+        ("why ?", "b"),
+        ("how ?", "a"),
+        ("how ?", "b"),
+    ]
+
+
 def test_demonstrations_are_read_plain_and_compressed(tmp_path: Path) -> None:
     chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "why ?"}]
     data = "".join(
@@ -56,6 +66,8 @@ def test_demonstrations_are_read_plain_and_compressed(tmp_path: Path) -> None:
         '{"prompt": [{"role": "user"}], "completion": "b"}',
         '{"prompt": ["a"], "completion": "b"}',
         '{"prompt": [{"role": "user", "content": 3}], "completion": "b"}',
+        '{"prompt": "a", "completion": "half a smile \\ud83d"}',
+        '{"prompt": "half a smile \\ud83d", "completion": "b"}',
     ],
 )
 def test_a_line_that_is_no_demonstration_is_named(line: str, tmp_path: Path) -> None:
@@ -63,6 +75,14 @@ def test_a_line_that_is_no_demonstration_is_named(line: str, tmp_path: Path) -> 
     path.write_text('{"prompt": "a", "completion": "b"}\n\n' + line + "\n", encoding="utf-8")
     with pytest.raises(DoNotRetry, match=r"demos\.jsonl, line 3: not a demonstration"):
         read_demonstrations(str(path), NO_STORE)
+
+
+def test_a_missing_file_is_named_with_a_remedy(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere.jsonl"):
+        with pytest.raises(DoNotRetry, match="are not a file") as failed:
+            read_demonstrations(str(path), NO_STORE)
+        assert str(path) in failed.value.message
+        assert failed.value.remedy == "give a JSONL file or an s3:// URI"
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
