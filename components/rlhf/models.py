@@ -53,10 +53,21 @@ class Role:
         if self._activate is not None:
             self._activate()
 
-    def hidden(self, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of right-padded sequences, under this role."""
+    def hidden(self, ids_BT: Tensor, attention: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T, D] under this role.
+
+        Args:
+            attention: [B, T], 1 on the real tokens of right-padded sequences; or [B, T, T], True where token t may look at token s.
+            positions_BT: of the tokens; default 0, 1, 2, ...
+        """
         self.activate()
-        result: Tensor = self.backbone(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).last_hidden_state
+        if attention.dim() == 3:
+            dtype = next(self.backbone.parameters()).dtype
+            barred = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=attention.device)
+            attention = torch.where(attention, 0.0, barred)[:, None]
+        result: Tensor = self.backbone(
+            input_ids=ids_BT, attention_mask=attention, position_ids=positions_BT, use_cache=False
+        ).last_hidden_state
         return result
 
 
@@ -182,7 +193,11 @@ def lora_config(rank: int, alpha: int) -> LoraConfig:
     """LoRA on every linear layer of the backbone, without dropout (the ratio of PPO needs the same network twice)."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", bias="none")
+    from components.rlhf.lora import LoraLinear
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", bias="none")
+    config._register_custom_module({nn.Linear: LoraLinear})
+    return config
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from components.rlhf.models import Role, context_tokens, scorer_role
 from components.rlhf.records import Message
-from components.rlhf.tokens import encode_completion, encode_prompt, length_batches, right_pad
+from components.rlhf.tokens import Joined, encode_completion, encode_prompt, join, length_batches, right_pad
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -102,9 +102,44 @@ def sequence_scores(role: Role, prompts: Sequence[Sequence[int]], completions: S
     device = role.device
     hidden_NTD = role.hidden(batch.ids_BT.to(device), batch.attention_BT.to(device))
     last_N = batch.attention_BT.sum(1).to(device) - 1
-    hidden_ND = hidden_NTD[torch.arange(len(last_N), device=device), last_N]
-    scores: Tensor = role.head(hidden_ND.to(role.head.weight.dtype)).float().squeeze(-1)
-    return scores
+    return _head(role, hidden_NTD[torch.arange(len(last_N), device=device), last_N])
+
+
+def _head(role: Role, hidden_ND: Tensor) -> Tensor:
+    scores_N: Tensor = role.head(hidden_ND.to(role.head.weight.dtype)).float().squeeze(-1)
+    return scores_N
+
+
+def ranking_scores(
+    role: Role, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]], pad_id: int
+) -> Tensor:
+    """As `sequence_scores`, for prompts with several completions each; a prompt is computed once for all of them.
+
+    Scores [N] in the order of the completions, prompt by prompt.
+    """
+    joined = Joined(*(each.to(role.device) for each in join(prompts, completions, pad_id)))
+    hidden_BTD = role.hidden(joined.ids_BT, joined.attention_BTT, joined.positions_BT)
+    return _head(role, hidden_BTD[joined.row_N, joined.last_N])
+
+
+def sharing_pays(prompt_tokens: int, completion_tokens: Sequence[int], hidden_size: int) -> bool:
+    """Whether one row with all completions costs less than a row for each.
+
+    Counts multiplications of a transformer block: 12 d^2 a token in its linear layers, and 2 d T a token in attention, which is
+    computed for half of the T^2 pairs in a causal row and for all of them in a joined one.
+    """
+    alone = sum(t * (1 + t / (12 * hidden_size)) for t in (prompt_tokens + c for c in completion_tokens))
+    together = prompt_tokens + sum(completion_tokens)
+    return together * (1 + together / (6 * hidden_size)) < alone
+
+
+@torch.no_grad()
+def sharing_works(role: Role, prompt: Sequence[int], completions: Sequence[Sequence[int]], pad_id: int) -> bool:
+    """Whether this model gives the same scores either way: not with sliding windows, or states that run through the sequence."""
+    together_N = ranking_scores(role, [prompt], [completions], pad_id)
+    alone_N = sequence_scores(role, [prompt] * len(completions), completions, pad_id)
+    tolerance = 1e-4 if next(role.backbone.parameters()).dtype == torch.float32 else 0.05
+    return bool(torch.allclose(together_N, alone_N, rtol=tolerance, atol=tolerance * max(1.0, float(alone_N.abs().max()))))
 
 
 @torch.no_grad()

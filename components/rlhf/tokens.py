@@ -89,6 +89,48 @@ def right_pad(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[i
     return Batch(ids_BT, attention_BT, completion_mask_BT)
 
 
+class Joined(NamedTuple):
+    """Prompts, each followed by all its completions: what they share stands there once.
+
+    Fields:
+        ids_BT: token ids, right-padded; a row is one prompt and its completions.
+        attention_BTT: True where token t may look at token s: at the prompt and at its own completion, not ahead.
+        positions_BT: each completion's positions follow on the prompt's, as if it stood there alone.
+        row_N, last_N: where each completion's last token is, completion by completion.
+    """
+
+    ids_BT: Tensor
+    attention_BTT: Tensor
+    positions_BT: Tensor
+    row_N: Tensor
+    last_N: Tensor
+
+
+def join(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]], pad_id: int) -> Joined:
+    """Puts the completions of each prompt behind it, in one row."""
+    length = max(len(p) + sum(map(len, each)) for p, each in zip(prompts, completions, strict=True))
+    ids_BT = torch.full((len(prompts), length), pad_id)
+    segment_BT = torch.full((len(prompts), length), -1)  # 0 prompt, 1... completions, -1 padding
+    positions_BT = torch.zeros((len(prompts), length), dtype=torch.long)
+    row, last = [], []
+    for b, (prompt, each) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt)
+        ids_BT[b, :end] = torch.tensor(prompt)
+        segment_BT[b, :end] = 0
+        positions_BT[b, :end] = torch.arange(end)
+        for number, completion in enumerate(each, 1):
+            start, end = end, end + len(completion)
+            ids_BT[b, start:end] = torch.tensor(completion)
+            segment_BT[b, start:end] = number
+            positions_BT[b, start:end] = len(prompt) + torch.arange(len(completion))
+            row.append(b)
+            last.append(end - 1)
+    seen_B1T = segment_BT[:, None]
+    same_BTT = segment_BT[:, :, None] == seen_B1T
+    ahead_TT = torch.ones((length, length), dtype=torch.bool).triu(1)
+    return Joined(ids_BT, (same_BTT | (seen_B1T == 0)) & ~ahead_TT, positions_BT, torch.tensor(row), torch.tensor(last))
+
+
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Prompts padded on the left for generation, as (ids_BT, attention_BT)."""
     length = max(len(prompt) for prompt in prompts)

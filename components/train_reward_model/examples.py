@@ -6,11 +6,14 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from components.rlhf.models import Role
 from components.rlhf.records import Ranking, prompt_key
+from components.rlhf.reward import ranking_scores, sequence_scores, sharing_pays, sharing_works
 from components.rlhf.tokens import PromptTooLong, encode_completion, encode_prompt
 from components.services.exits import DoNotRetry
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
@@ -22,16 +25,23 @@ class EncodedRanking(NamedTuple):
     Fields:
         prompts: K times the same prompt, cut at the front where it does not fit with the longest completion.
         completions: K completions, never cut.
+        joined: whether all K stand in one row behind their prompt, which is then computed once.
     """
 
     ranking: Ranking
     prompts: list[list[int]]
     completions: list[list[int]]
+    joined: bool = False
 
     @property
-    def tokens(self) -> int:
-        """Tokens of all K sequences, each as long as the longest."""
-        return len(self.prompts) * max(len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True))
+    def rows(self) -> int:
+        return 1 if self.joined else len(self.completions)
+
+    @property
+    def row_tokens(self) -> int:
+        """Length of its longest row."""
+        lengths = [len(each) for each in self.completions]
+        return len(self.prompts[0]) + (sum(lengths) if self.joined else max(lengths))
 
 
 class Encoding(NamedTuple):
@@ -83,16 +93,37 @@ def split_for_judge(rankings: Sequence[EncodedRanking], judge_fraction: float) -
     return sides
 
 
+def join_where_it_pays(role: Role, rankings: Sequence[EncodedRanking], pad_id: int) -> list[EncodedRanking]:
+    """The rankings, marked as joined where that is cheaper; none if this model does not score joined rows as separate ones."""
+    hidden_size = int(role.backbone.config.hidden_size)
+    paying = [sharing_pays(len(r.prompts[0]), [len(c) for c in r.completions], hidden_size) for r in rankings]
+    if not any(paying):
+        return list(rankings)
+    probe = min((r for r, pays in zip(rankings, paying, strict=True) if pays), key=lambda r: r.row_tokens)
+    if not sharing_works(role, probe.prompts[0], probe.completions, pad_id):
+        _log.warning("this model scores completions that share a row differently: each gets a row of its own")
+        return list(rankings)
+    _log.info("the prompt is computed once for all completions in %d of %d rankings", sum(paying), len(rankings))
+    return [each._replace(joined=pays) for each, pays in zip(rankings, paying, strict=True)]
+
+
+def group_scores(role: Role, group: Sequence[EncodedRanking], pad_id: int) -> Tensor:
+    """Raw scores [N] of the completions of a group that `pack` made, ranking by ranking."""
+    completions = [each.completions for each in group]
+    if group[0].joined:
+        return ranking_scores(role, [each.prompts[0] for each in group], completions, pad_id)
+    return sequence_scores(role, [p for each in group for p in each.prompts], [c for each in completions for c in each], pad_id)
+
+
 def pack(rankings: Sequence[EncodedRanking], max_tokens: int) -> list[list[EncodedRanking]]:
     """Whole rankings of similar length in groups whose padded size is at most `max_tokens` (one ranking at least)."""
     groups: list[list[EncodedRanking]] = []
-    rows = longest = 0
-    for each in sorted(rankings, key=lambda r: r.tokens // len(r.prompts)):
-        length = each.tokens // len(each.prompts)
-        if groups and (rows + len(each.prompts)) * max(longest, length) <= max_tokens:
+    rows = 0
+    for each in sorted(rankings, key=lambda r: (r.joined, r.row_tokens)):
+        rows += each.rows
+        if groups and groups[-1][0].joined == each.joined and rows * each.row_tokens <= max_tokens:
             groups[-1].append(each)
-            rows, longest = rows + len(each.prompts), max(longest, length)
         else:
             groups.append([each])
-            rows, longest = len(each.prompts), length
+            rows = each.rows
     return groups

@@ -37,12 +37,19 @@ from components.rlhf.models import (
 )
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.records import iterate_snapshot
-from components.rlhf.reward import Centring, Ties, ranking_loss, score_tokens, sequence_scores
+from components.rlhf.reward import Centring, Ties, ranking_loss
 from components.rlhf.tokens import Encoded, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
-from components.train_reward_model.examples import EncodedRanking, encode_rankings, pack, split_for_judge
+from components.train_reward_model.examples import (
+    EncodedRanking,
+    encode_rankings,
+    group_scores,
+    join_where_it_pays,
+    pack,
+    split_for_judge,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -193,6 +200,7 @@ def train_one(
         role.activate()
     else:
         role = scorer_role(model, trainable=True)
+    train, test = (join_where_it_pays(role, each, tokenizer.pad_token_id) for each in (train, test))
     history = train_loop(config, seed, name, role, train, tokenizer.pad_token_id, context)
 
     # Centred so that what raters put first scores mean 0 (checklist: demonstrations score 0), in units of the spread.
@@ -293,10 +301,8 @@ def accumulate(config: Config, role: Role, rankings: Sequence[EncodedRanking], p
     weight_of = {id(each): weight for each, weight in zip(rankings, weights, strict=True)}
     loss_sum = right = pairs = 0.0
     for group in pack(rankings, config.micro_batch_tokens):
-        prompts = [p for each in group for p in each.prompts]
-        completions = [c for each in group for c in each.completions]
         group_weights = [weight_of[id(each)] for each in group]
-        scores_N = sequence_scores(role, prompts, completions, pad_id)
+        scores_N = group_scores(role, group, pad_id)
         loss = ranking_loss(
             scores_N,
             [each.ranking.ranks for each in group],
@@ -314,13 +320,15 @@ def accumulate(config: Config, role: Role, rankings: Sequence[EncodedRanking], p
             for better, worse in each.ranking.pairs():
                 right += values[first + better] > values[first + worse]
                 pairs += 1
-            first += len(each.prompts)
+            first += len(each.completions)
     return loss_sum, right / pairs if pairs else 0.5
 
 
+@torch.no_grad()
 def scores_of(role: Role, rankings: Sequence[EncodedRanking], pad_id: int, max_tokens: int) -> list[list[float]]:
     """Raw scores of every completion, ranking by ranking."""
-    prompts = [p for each in rankings for p in each.prompts]
-    completions = [c for each in rankings for c in each.completions]
-    flat = iter(score_tokens(role, prompts, completions, pad_id=pad_id, max_tokens=max_tokens).tolist())
-    return [[next(flat) for _ in each.prompts] for each in rankings]
+    found: dict[int, list[float]] = {}
+    for group in pack(rankings, max_tokens):
+        flat = iter(group_scores(role, group, pad_id).tolist())
+        found |= {id(each): [next(flat) for _ in each.completions] for each in group}
+    return [found[id(each)] for each in rankings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -57,23 +58,25 @@ def test_all_completions_of_a_ranking_follow_the_same_prompt_and_none_is_cut(tok
     turns = [Message(role=role, content="my printer is slow .") for role in ("user", "assistant") * 4]
     long = long._replace(prompt=[*turns, *long.prompt])
     whole = encode_rankings(tokenizer, [long], 100_000).rankings[0]
-    limit = whole.tokens // 4 - 10
+    limit = whole.row_tokens - 10
     found = encode_rankings(tokenizer, [long], limit)
     assert (found.left_out, found.cut_prompts) == (0, 1)
     cut = found.rankings[0]
     assert all(prompt == cut.prompts[0] for prompt in cut.prompts)
     assert cut.completions == whole.completions
-    assert cut.tokens // 4 <= limit
+    assert cut.row_tokens <= limit
     assert encode_rankings(tokenizer, [long], max(map(len, whole.completions)) + 1).left_out == 1
 
 
 def test_packs_hold_every_ranking_once_and_whole(tokenizer: Any) -> None:
     encoded = encode_rankings(tokenizer, rankings(40), 128).rankings
+    encoded = [each._replace(joined=number % 3 == 0) for number, each in enumerate(encoded)]
     packs = pack(encoded, 1000)
     assert sorted(id(each) for group in packs for each in group) == sorted(map(id, encoded))
     for group in packs:
-        longest = max(each.tokens // len(each.prompts) for each in group)
-        assert len(group) == 1 or sum(len(each.prompts) for each in group) * longest <= 1000
+        assert len({each.joined for each in group}) == 1
+        longest = max(each.row_tokens for each in group)
+        assert len(group) == 1 or sum(1 if each.joined else 4 for each in group) * longest <= 1000
 
 
 def by_hand(model: Any, batch: list[EncodedRanking]) -> torch.Tensor:
@@ -94,15 +97,16 @@ def test_the_loss_and_its_gradient_are_those_of_all_pairs_whatever_the_micro_bat
     some[0] = some[0]._replace(completions=some[0].completions[:2], ranks=[2, 1])
     some[1] = some[1]._replace(ranks=[1, 1, 2, 3])
     batch = encode_rankings(tokenizer, some, 128).rankings
+    role = scorer_role(model, trainable=True)
+    joined = [each._replace(joined=True) for each in batch]
+    mixed = [a if number % 2 else b for number, (a, b) in enumerate(zip(batch, joined, strict=True))]
     model.zero_grad()
     expected = by_hand(model, batch)
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    for micro_batch_tokens in (64, 700, 100_000):
+    for micro_batch_tokens, rows in itertools.product((64, 700, 100_000), (batch, joined, mixed)):
         model.zero_grad()
-        loss, accuracy = accumulate(
-            Config(micro_batch_tokens=micro_batch_tokens), scorer_role(model, trainable=True), batch, tokenizer.pad_token_id
-        )
+        loss, accuracy = accumulate(Config(micro_batch_tokens=micro_batch_tokens), role, rows, tokenizer.pad_token_id)
         assert loss == pytest.approx(expected.item(), abs=1e-5)
         assert 0 <= accuracy <= 1
         assert math.isfinite(loss)
