@@ -37,7 +37,9 @@ class Config(Settings):
     updates: int = Field(50, ge=1)
     """PPO updates, each with fresh completions."""
     batch_prompts: int = Field(64, ge=2)
-    """Prompts, and so completions, of one update."""
+    """Prompts of one update."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Completions of each prompt in one update; more than one share the prompt's computation in the rollout."""
     max_new_tokens: int = Field(64, ge=1)
     """Budget of a completion, in tokens."""
     max_prompt_tokens: int = Field(0, ge=0)
@@ -68,6 +70,8 @@ class Config(Settings):
     """Completions over which beta can change by 20 %."""
     max_kl_reference: float = Field(50.0, gt=0)
     """KL per completion, in nats, beyond which the run has blown up and fails."""
+    max_kl_old: float = Field(0.0, ge=0)
+    """KL per token from the policy that sampled, in nats, beyond which an update leaves the policy alone; 0: no bound."""
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount per token."""
     lam: float = Field(0.95, ge=0, le=1)
@@ -105,8 +109,8 @@ class Config(Settings):
     def _check(self) -> Config:
         if self.precision == "bfloat16" and not self.lora_rank:
             raise ValueError("precision bfloat16 without an adapter loses small steps: set lora_rank, or float32")
-        if self.minibatches > self.batch_prompts:
-            raise ValueError(f"{self.minibatches} minibatches of {self.batch_prompts} prompts")
+        if self.minibatches > self.batch_prompts * self.samples_per_prompt:
+            raise ValueError(f"{self.minibatches} minibatches of {self.batch_prompts * self.samples_per_prompt} completions")
         return self
 
 
@@ -335,7 +339,7 @@ def one_update(config: Config, progress: Progress, prompts: list[list[int]], las
     row |= {**watch.seconds, "tokens_per_second": float(experience.batch.completion_mask_BT.sum()) / seconds}
     if config.kl_target:
         progress.beta = next_beta(
-            progress.beta, row["kl_reference"], target=config.kl_target, samples=len(prompts), horizon=config.kl_horizon
+            progress.beta, row["kl_reference"], target=config.kl_target, samples=len(completions), horizon=config.kl_horizon
         )
     progress.history.append(row)
 

@@ -23,10 +23,13 @@ from components.rlhf.reward import Centring, score_tokens
 from components.rlhf.rollout import Completion, sample_tokens, to_completion, token_logprobs
 from components.rlhf.tokens import Batch, length_batches, right_pad
 
+POLICY_SUMS = ("policy_loss", "clip_fraction", "kl_old")
+
 
 class Knobs(Protocol):
     """What an update needs of the stage's configuration; meanings and units stand there."""
 
+    samples_per_prompt: int
     max_new_tokens: int
     temperature: float
     no_eos_score: float
@@ -40,6 +43,7 @@ class Knobs(Protocol):
     value_clip: float
     value_coefficient: float
     whiten_rewards: bool
+    max_kl_old: float
 
 
 class Experience(NamedTuple):
@@ -73,7 +77,7 @@ class Optimisers(NamedTuple):
 
 
 def roll_out(knobs: Knobs, roles: Roles, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> list[Completion]:
-    """One completion per prompt from the current policy."""
+    """`samples_per_prompt` completions of each prompt from the current policy, prompt by prompt."""
     drawn = sample_tokens(
         roles.policy,
         prompts,
@@ -82,8 +86,10 @@ def roll_out(knobs: Knobs, roles: Roles, prompts: Sequence[Sequence[int]], gener
         pad_id=roles.tokenizer.pad_token_id,
         eos_id=roles.tokenizer.eos_token_id,
         generator=generator,
+        samples=knobs.samples_per_prompt,
     )
-    return [to_completion(roles.tokenizer, prompt, *each) for prompt, each in zip(prompts, drawn, strict=True)]
+    repeated = [prompt for prompt in prompts for _ in range(knobs.samples_per_prompt)]
+    return [to_completion(roles.tokenizer, prompt, *each) for prompt, each in zip(repeated, drawn, strict=True)]
 
 
 @torch.no_grad()
@@ -146,6 +152,9 @@ def optimise(
         beta: coefficient of the KL penalty.
         order: shuffles the rows of an epoch.
         critic_only: leaves the policy as it is (critic warm-up).
+
+    Where the policy has gone further than `max_kl_old` from the one that sampled, it stays there for the rest of the update; the
+    value model goes on.
     """
     batch, mask_BT = experience.batch, experience.batch.completion_mask_BT
     rewards_BT = ppo.token_rewards(experience.scores_B, experience.logprobs_old_BT, experience.logprobs_reference_BT, mask_BT, beta)
@@ -157,15 +166,16 @@ def optimise(
     advantages_BT = ppo.whiten(advantages_BT, mask_BT)
 
     seen: dict[str, list[float]] = {}
+    policy_learns, policy_steps = not critic_only, 0
     for _ in range(knobs.epochs):
         rows = torch.randperm(len(mask_BT), generator=order)
         for chosen in rows.chunk(knobs.minibatches):
             tokens = int(mask_BT[chosen.to(mask_BT.device)].sum())  # the loss is a mean over these, whatever the micro-batches
-            sums = dict.fromkeys(("policy_loss", "clip_fraction", "kl_old", "value_loss", "value_clip_fraction"), 0.0)
+            sums = dict.fromkeys((*(POLICY_SUMS if policy_learns else ()), "value_loss", "value_clip_fraction"), 0.0)
             for part in _micro_rows(batch, chosen.tolist(), knobs.micro_batch_tokens):
                 rows_B, small = part
                 cut = small.ids_BT.shape[1]
-                if not critic_only:
+                if policy_learns:
                     logprobs_BT, _ = token_logprobs(
                         roles.policy, small, temperature=knobs.temperature, pad_id=roles.tokenizer.pad_token_id
                     )
@@ -190,14 +200,19 @@ def optimise(
                 (knobs.value_coefficient * value.total / tokens).backward()
                 sums["value_loss"] += value.total.item() / tokens
                 sums["value_clip_fraction"] += value.clipped.item() / tokens
-            if not critic_only:
+            if policy_learns and knobs.max_kl_old and sums["kl_old"] > knobs.max_kl_old:
+                optimisers.policy.discard()
+                policy_learns = False
+            elif policy_learns:
                 sums["gradient_norm"] = optimisers.policy.step()
+                policy_steps += 1
             sums["value_gradient_norm"] = optimisers.value.step()
             for key, number in sums.items():
                 seen.setdefault(key, []).append(number)
-    means = {key: sum(numbers) / len(numbers) for key, numbers in seen.items()}
+    means = dict.fromkeys(POLICY_SUMS, 0.0) | {key: sum(numbers) / len(numbers) for key, numbers in seen.items()}
     return {
         **means,
+        "policy_steps": float(policy_steps),
         "explained_variance": ppo.explained_variance(experience.values_old_BT, returns_BT, mask_BT),
     }
 

@@ -62,6 +62,10 @@ class Optimiser:
         self.taken += 1
         return float(norm)
 
+    def discard(self) -> None:
+        """Clears the gradients that have been accumulated."""
+        self._adamw.zero_grad(set_to_none=True)
+
     def state(self) -> dict[str, Any]:
         return {"adamw": self._adamw.state_dict()["state"], "taken": self.taken}
 

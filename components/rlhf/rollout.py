@@ -60,33 +60,43 @@ def sample_tokens(
     pad_id: int,
     eos_id: int,
     generator: torch.Generator,
+    samples: int = 1,
 ) -> list[tuple[list[int], Tensor]]:
-    """Samples one completion per prompt, all in one batch; gives (token ids, log-probabilities) per prompt.
+    """Samples `samples` completions per prompt, all in one batch; gives (token ids, log-probabilities), prompt by prompt.
 
-    One uniform number per prompt and step is drawn for the whole batch, finished or not, so that what a row draws does not depend
-    on when the others end. Rows that ended leave the batch.
+    A prompt is computed once for its samples. One uniform number per row and step is drawn for the whole batch, finished or not, so
+    that what a row draws does not depend on when the others end. Rows that ended leave the batch.
     """
     from transformers import DynamicCache
 
     role.activate()
     device = role.device
-    ids_BT, attention_BT = (each.to(device) for each in left_pad(prompts, pad_id))
-    position_B = attention_BT.sum(1) - 1
-    rows_B = torch.arange(len(prompts), device=device)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
     cache = DynamicCache()
-    inputs_BT, positions_BT = ids_BT, (attention_BT.cumsum(1) - 1).clamp(min=0)
-    for _ in range(max_new_tokens):
-        uniform = torch.rand(len(prompts), generator=generator, dtype=torch.float64).to(device)
-        hidden_BTD = role.backbone(
+
+    def forward(inputs_BT: Tensor, attention_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Hidden states [B, D] of the last tokens."""
+        hidden_BTD: Tensor = role.backbone(
             input_ids=inputs_BT,
             attention_mask=attention_BT,
             position_ids=positions_BT,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        logprobs_BV = torch.log_softmax(logits_at_temperature(role, hidden_BTD[:, -1], temperature, pad_id), -1)
+        return hidden_BTD[:, -1]
+
+    ids_BT, attention_BT = (each.to(device) for each in left_pad(prompts, pad_id))
+    hidden_BD = forward(ids_BT, attention_BT, (attention_BT.cumsum(1) - 1).clamp(min=0))
+    if samples > 1:
+        cache.batch_repeat_interleave(samples)
+        hidden_BD, attention_BT = (each.repeat_interleave(samples, 0) for each in (hidden_BD, attention_BT))
+    rows = len(hidden_BD)
+    position_B = attention_BT.sum(1) - 1
+    rows_B = torch.arange(rows, device=device)
+    tokens: list[list[int]] = [[] for _ in range(rows)]
+    logprobs: list[list[float]] = [[] for _ in range(rows)]
+    for step in range(1, max_new_tokens + 1):
+        uniform = torch.rand(rows, generator=generator, dtype=torch.float64).to(device)
+        logprobs_BV = torch.log_softmax(logits_at_temperature(role, hidden_BD, temperature, pad_id), -1)
         cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
         drawn_B1 = uniform[rows_B, None] * cumulative_BV[:, -1:]
         next_B = torch.searchsorted(cumulative_BV, drawn_B1, right=True).squeeze(1).clamp(max=cumulative_BV.shape[1] - 1)
@@ -95,14 +105,14 @@ def sample_tokens(
             tokens[row].append(token)
             logprobs[row].append(logprob)
         active = (next_B != eos_id).nonzero().squeeze(1)
-        if len(active) == 0:
+        if len(active) == 0 or step == max_new_tokens:
             break
         if len(active) < len(rows_B):
             cache.batch_select_indices(active)
             rows_B, next_B, position_B, attention_BT = (each[active] for each in (rows_B, next_B, position_B, attention_BT))
         position_B = position_B + 1
         attention_BT = torch.cat([attention_BT, attention_BT.new_ones(len(active), 1)], 1)
-        inputs_BT, positions_BT = next_B[:, None], position_B[:, None]
+        hidden_BD = forward(next_B[:, None], attention_BT, position_B[:, None])
     return [(ids, torch.tensor(values)) for ids, values in zip(tokens, logprobs, strict=True)]
 
 

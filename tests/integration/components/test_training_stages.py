@@ -225,7 +225,7 @@ def test_sft_learns_demonstrations_from_s3_and_a_changed_file_is_other_work(fixe
         ("train_reward_model", {"policy_uri": "s3://rankloop/nowhere"}, "s3://rankloop/nowhere/rankloop.json does not exist"),
         ("ppo_finetune", {"batch_prompts": 500}, "one update takes 500"),
         ("ppo_finetune", {"max_kl_reference": 1e-9, "learning_rate": 0.05}, "KL blow-up"),
-        ("ppo_finetune", {"minibatches": 9}, "9 minibatches of 8 prompts"),
+        ("ppo_finetune", {"minibatches": 9}, "9 minibatches of 8 completions"),
     ],
 )
 def test_what_cannot_work_is_said_and_not_retried(

@@ -68,6 +68,33 @@ def test_line_21_only_policy_and_value_change(folders: dict[str, Any]) -> None:
     assert not any(module.training for module in roles.model.modules())
 
 
+def test_beyond_the_kl_bound_only_the_value_model_goes_on(folders: dict[str, Any]) -> None:
+    def after(epochs: int, bound: float) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, float]]:
+        config, roles = _config(epochs=epochs, max_kl_old=bound), _roles(folders)
+        progress = Progress(_config(warmup_fraction=0), roles)
+        numbers = optimise(
+            config, roles, progress.optimisers, _experience(config, roles), 0.1, torch.Generator(), critic_only=False
+        )
+        return weights_of(roles.policy.trainable), weights_of(roles.value.trainable), numbers
+
+    one_policy, one_value, _ = after(epochs=1, bound=0.0)
+    policy, value, numbers = after(epochs=3, bound=1e-7)  # the first pass is at KL 0, the second is not
+    assert numbers["policy_steps"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(one_policy, policy, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(one_value, value, strict=True))
+    assert after(epochs=3, bound=100.0)[2]["policy_steps"] == 3
+
+
+def test_several_completions_of_a_prompt_share_it_and_differ(folders: dict[str, Any]) -> None:
+    config, roles = _config(samples_per_prompt=3), _roles(folders)
+    experience = _experience(config, roles)
+    assert [c.prompt_ids for c in experience.completions] == [p for p in _prompts(roles) for _ in range(3)]
+    assert len({c.text for c in experience.completions}) > len(PROMPTS)
+    assert statistics(experience)["logprob_mismatch"] < 1e-3  # a fresh forward pass over whole rows agrees with the shared prompt
+    numbers = optimise(config, roles, Progress(config, roles).optimisers, experience, 0.1, torch.Generator(), critic_only=False)
+    assert numbers["policy_steps"] == 2
+
+
 def test_critic_warm_up_leaves_the_policy_alone(folders: dict[str, Any]) -> None:
     config, roles = _config(), _roles(folders)
     before = [w.clone() for w in weights_of(roles.policy.trainable)]
