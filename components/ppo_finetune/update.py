@@ -110,7 +110,7 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     batch = Batch(*(each.to(device) for each in right_pad(prompts, answers, pad_id)))
 
     def forward(role: Role, part: Batch) -> tuple[Tensor, Tensor]:
-        return token_logprobs(role, part, temperature=knobs.temperature, pad_id=pad_id)
+        return token_logprobs(role, part, temperature=knobs.temperature, pad_id=pad_id, with_entropy=role is roles.policy)
 
     logprobs_old_BT, entropy_BT = _over_rows(knobs, batch, lambda part: forward(roles.policy, part))
     logprobs_reference_BT, _ = _over_rows(knobs, batch, lambda part: forward(roles.reference, part))
@@ -131,7 +131,7 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
 
 def token_values(role: Role, batch: Batch) -> Tensor:
     """Value before each completion token [B, T]: the head at the token in front of it; 0 outside the completion."""
-    hidden_BTD = role.hidden(batch.ids_BT, batch.attention_BT)
+    hidden_BTD = role.hidden(batch.ids_BT)
     values_BT = role.head(hidden_BTD.to(role.head.weight.dtype)).float().squeeze(-1)
     shifted_BT = torch.cat([values_BT[:, :1], values_BT[:, :-1]], 1)
     return torch.where(batch.completion_mask_BT, shifted_BT, 0.0)

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from components.rlhf.attention import use_short_rows
+
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,20 +55,22 @@ class Role:
         if self._activate is not None:
             self._activate()
 
-    def hidden(self, ids_BT: Tensor, attention: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor, attention_BTT: Tensor | None = None, positions_BT: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D] under this role.
 
         Args:
-            attention: [B, T], 1 on the real tokens of right-padded sequences; or [B, T, T], True where token t may look at token s.
+            attention_BTT: True where token t may look at token s. Default: at all before it; no real token looks at padding on the
+                right, so that needs no mask.
             positions_BT: of the tokens; default 0, 1, 2, ...
         """
         self.activate()
-        if attention.dim() == 3:
+        mask = None
+        if attention_BTT is not None:
             dtype = next(self.backbone.parameters()).dtype
-            barred = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=attention.device)
-            attention = torch.where(attention, 0.0, barred)[:, None]
+            barred = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=ids_BT.device)
+            mask = torch.where(attention_BTT, 0.0, barred)[:, None]
         result: Tensor = self.backbone(
-            input_ids=ids_BT, attention_mask=attention, position_ids=positions_BT, use_cache=False
+            input_ids=ids_BT, attention_mask=mask, position_ids=positions_BT, use_cache=False
         ).last_hidden_state
         return result
 
@@ -97,7 +101,7 @@ def load_policy(folder: Path | str, precision: Precision = "float32") -> tuple[P
         if getattr(model.config, name, None) not in (None, 0, 1, 1.0):
             raise ValueError(f"{folder}: its config sets {name}: logits that are changed after the head are not supported")
     _prepare_tokenizer(model, tokenizer, folder)
-    return model.to(device()).eval(), tokenizer
+    return _ready(model), tokenizer
 
 
 def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -110,7 +114,7 @@ def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[P
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = _load_whole(AutoModelForSequenceClassification, folder, precision)
-    return model.to(device()).eval().requires_grad_(False), tokenizer
+    return _ready(model).requires_grad_(False), tokenizer
 
 
 def _load_whole(auto_class: Any, folder: Path | str, precision: Precision) -> PreTrainedModel:
@@ -137,7 +141,14 @@ def new_scorer(policy_folder: Path | str, seed: int, precision: Precision = "flo
         policy_folder, num_labels=1, dtype=dtype_of(precision), use_safetensors=True
     )
     init_head(model.score, seed)
-    return model.to(device()).eval()
+    return _ready(model)
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """On the device, without dropout, with the attention that is fastest there."""
+    model = model.to(device()).eval()
+    use_short_rows(model)
+    return model
 
 
 def init_head(head: nn.Linear, seed: int) -> None:

@@ -100,7 +100,7 @@ def sequence_scores(role: Role, prompts: Sequence[Sequence[int]], completions: S
     """Raw score [N] of each completion: the head at its last token, whatever the padding and the batch."""
     batch = right_pad(prompts, completions, pad_id)
     device = role.device
-    hidden_NTD = role.hidden(batch.ids_BT.to(device), batch.attention_BT.to(device))
+    hidden_NTD = role.hidden(batch.ids_BT.to(device))
     last_N = batch.attention_BT.sum(1).to(device) - 1
     return _head(role, hidden_NTD[torch.arange(len(last_N), device=device), last_N])
 

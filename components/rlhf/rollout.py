@@ -9,11 +9,10 @@ log-probabilities enter the KL term and the ratio (Huang 2024, detail 4).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from components.rlhf.models import Role, context_tokens, policy_role
 from components.rlhf.records import Message
@@ -22,7 +21,8 @@ from components.rlhf.tokens import Batch, encode_prompt, left_pad, length_batche
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOGIT_BYTES = 64 * 2**20  # vocabulary-sized work is cut into chunks of this size
+LOGIT_BYTES = 24 * 2**20  # vocabulary-sized work is cut into chunks; beyond 32 MiB each would be fetched anew, page by page
+NEVER = -1e30  # logit of the pad token, which is never an answer; finite, for 0 times infinity is not a number
 
 
 class Completion(NamedTuple):
@@ -41,13 +41,6 @@ class Completion(NamedTuple):
     text: str
     ended: bool
     logprobs: Tensor
-
-
-def logits_at_temperature(role: Role, hidden_ND: Tensor, temperature: float, pad_id: int) -> Tensor:
-    """Logits [N, V] in float32, divided by the temperature; the pad token has no probability."""
-    logits_NV: Tensor = role.head(hidden_ND).float() / temperature
-    logits_NV[:, pad_id] = -torch.inf
-    return logits_NV
 
 
 @torch.no_grad()
@@ -96,7 +89,7 @@ def sample_tokens(
     logprobs: list[list[float]] = [[] for _ in range(rows)]
     for step in range(1, max_new_tokens + 1):
         uniform = torch.rand(rows, generator=generator, dtype=torch.float64).to(device)
-        logprobs_BV = torch.log_softmax(logits_at_temperature(role, hidden_BD, temperature, pad_id), -1)
+        logprobs_BV = torch.log_softmax(_scaled_logits(hidden_BD, role.head.weight, role.head.bias, temperature, pad_id), -1)
         cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
         drawn_B1 = uniform[rows_B, None] * cumulative_BV[:, -1:]
         next_B = torch.searchsorted(cumulative_BV, drawn_B1, right=True).squeeze(1).clamp(max=cumulative_BV.shape[1] - 1)
@@ -172,40 +165,95 @@ def sample(
     return done
 
 
-def token_logprobs(role: Role, batch: Batch, *, temperature: float, pad_id: int) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    role: Role, batch: Batch, *, temperature: float, pad_id: int, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each completion token, and the entropy (nats, no gradient) of the distribution it was drawn from.
 
-    Both [B, T] float32, 0 outside the completion. Vocabulary-sized tensors exist for one chunk of tokens at a time, in the backward
-    pass too; [B, T, V] never exists.
+    Both [B, T] float32, 0 outside the completion; the entropy is 0 unless it is asked for. Vocabulary-sized tensors exist for one
+    chunk of tokens at a time, in the backward pass too; [B, T, V] never exists.
     """
-    hidden_BTD = role.hidden(batch.ids_BT, batch.attention_BT)
+    hidden_BTD = role.hidden(batch.ids_BT)
     predicts_BT = batch.completion_mask_BT[:, 1:]  # position t-1 predicts token t
-    hidden_ND = hidden_BTD[:, :-1][predicts_BT]
     targets_N = batch.ids_BT[:, 1:][predicts_BT]
+    logprobs_N, entropy_N = ChosenLogprobs.apply(
+        hidden_BTD[:, :-1][predicts_BT], role.head.weight, role.head.bias, targets_N, temperature, pad_id, with_entropy
+    )
+    empty_BT = torch.zeros(batch.completion_mask_BT.shape, device=hidden_BTD.device)
+    mask_BT = batch.completion_mask_BT
+    return empty_BT.masked_scatter(mask_BT, logprobs_N), empty_BT.masked_scatter(mask_BT, entropy_N)
 
-    def look(hidden_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-        logits_CV = logits_at_temperature(role, hidden_CD, temperature, pad_id)
-        logprobs_CV = torch.log_softmax(logits_CV, -1)
-        with torch.no_grad():
-            entropy_C = -(logprobs_CV.exp() * logprobs_CV.nan_to_num(neginf=0.0)).sum(-1)
-        return logprobs_CV.gather(1, targets_C[:, None]).squeeze(1), entropy_C
 
-    vocabulary = role.head.weight.shape[0]
-    chunk = max(1, LOGIT_BYTES // (4 * int(vocabulary)))
-    parts = []
-    for first in range(0, len(targets_N), chunk):
-        piece = (hidden_ND[first : first + chunk], targets_N[first : first + chunk])
-        if torch.is_grad_enabled() and len(targets_N) > chunk:
-            parts.append(checkpoint(look, *piece, use_reentrant=False))
-        else:
-            parts.append(look(*piece))
-    shape = batch.completion_mask_BT.shape
-    logprobs_BT = torch.zeros(shape, device=hidden_BTD.device)
-    entropy_BT = torch.zeros(shape, device=hidden_BTD.device)
-    if parts:
-        logprobs_BT = logprobs_BT.masked_scatter(batch.completion_mask_BT, torch.cat([p[0] for p in parts]))
-        entropy_BT = entropy_BT.masked_scatter(batch.completion_mask_BT, torch.cat([p[1] for p in parts]))
-    return logprobs_BT, entropy_BT
+class ChosenLogprobs(torch.autograd.Function):
+    """Log-probabilities [N] of chosen tokens and entropies [N] from hidden states [N, D] and a head's weight [V, D].
+
+    What a backward pass through `log_softmax` would keep, [N, V] several times over, is computed again chunk by chunk:
+    the gradient of log p(target) by the logits is onehot(target) - p.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        temperature: float,
+        pad_id: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs_N = torch.empty(len(hidden_ND), device=hidden_ND.device)
+        normaliser_N, entropy_N = torch.empty_like(logprobs_N), torch.zeros_like(logprobs_N)
+        for rows in _chunks(hidden_ND, weight_VD):
+            logits_CV = _scaled_logits(hidden_ND[rows], weight_VD, bias_V, temperature, pad_id)
+            highest_C1 = logits_CV.amax(-1, keepdim=True)
+            logits_CV.sub_(highest_C1)
+            logprobs_N[rows] = logits_CV.gather(1, targets_N[rows, None]).squeeze(1)
+            weights_CV = logits_CV.exp()
+            total_C = weights_CV.sum(-1)
+            logprobs_N[rows] -= total_C.log()
+            normaliser_N[rows] = highest_C1.squeeze(1) + total_C.log()
+            if with_entropy:
+                entropy_N[rows] = total_C.log() - weights_CV.mul_(logits_CV).sum(-1) / total_C
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, normaliser_N)
+        ctx.facts = temperature, pad_id
+        ctx.mark_non_differentiable(entropy_N)
+        return logprobs_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V, targets_N, normaliser_N = ctx.saved_tensors
+        temperature, pad_id = ctx.facts
+        gradient_N = gradients[0] / temperature
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        hidden_gradient = torch.empty_like(hidden_ND) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight_VD) if needs_weight else None
+        bias_gradient = torch.zeros_like(bias_V) if needs_bias else None
+        for rows in _chunks(hidden_ND, weight_VD):
+            logits_CV = _scaled_logits(hidden_ND[rows], weight_VD, bias_V, temperature, pad_id)
+            logits_CV.sub_(normaliser_N[rows, None]).exp_().mul_(-gradient_N[rows, None])
+            logits_CV.scatter_add_(1, targets_N[rows, None], gradient_N[rows, None])
+            logits_gradient_CV = logits_CV.to(hidden_ND.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = logits_gradient_CV @ weight_VD
+            if weight_gradient is not None:
+                weight_gradient.addmm_(logits_gradient_CV.T, hidden_ND[rows])
+            if bias_gradient is not None:
+                bias_gradient += logits_CV.sum(0).to(bias_gradient.dtype)
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
+
+
+def _chunks(hidden_ND: Tensor, weight_VD: Tensor) -> list[slice]:
+    size = max(1, LOGIT_BYTES // (4 * len(weight_VD)))
+    return [slice(first, first + size) for first in range(0, len(hidden_ND), size)]
+
+
+def _scaled_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, pad_id: int) -> Tensor:
+    logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V).float()
+    if temperature != 1:
+        logits_NV /= temperature
+    logits_NV[:, pad_id] = NEVER
+    return logits_NV
 
 
 @torch.no_grad()

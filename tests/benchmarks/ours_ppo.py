@@ -6,7 +6,6 @@ judge have random heads: what they say changes no time.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -24,7 +23,7 @@ from tests.benchmarks.work import arguments, prompts_of
 
 def scorer_folder(policy: Path, folder: Path, rank: int, seed: int) -> Path:
     """A reward model with a random head, and with an adapter that changes nothing if the policy is to have one."""
-    _, tokenizer = load_policy(policy)
+    tokenizer = load_policy(policy)[1]
     model = new_scorer(policy, seed)
     model.config.pad_token_id = tokenizer.pad_token_id
     save_model(model, tokenizer, folder)
@@ -38,7 +37,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
-    a: argparse.Namespace = parser.parse_args()
+    a = parser.parse_args()
     torch.set_num_threads(a.threads)
     config = Config(
         updates=a.updates,
@@ -55,9 +54,12 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        reward, judge = (scorer_folder(a.model, folder / each, a.lora_rank, seed) for seed, each in enumerate(("reward", "judge")))
+        save_model(*load_policy(a.model), folder / "sft")  # gives it a pad token of its own
+        reward, judge = (
+            scorer_folder(folder / "sft", folder / each, a.lora_rank, seed) for seed, each in enumerate(("reward", "judge"))
+        )
         roles = load_roles(
-            a.model, reward, judge, precision=a.precision, lora_rank=a.lora_rank, lora_alpha=config.lora_alpha, seed=0
+            folder / "sft", reward, judge, precision=a.precision, lora_rank=a.lora_rank, lora_alpha=config.lora_alpha, seed=0
         )
     progress = Progress(config, roles)
     prompts = prompts_of(a.prompts, roles.tokenizer, a.prompt_tokens)

@@ -55,16 +55,16 @@ def test_line_21_only_policy_and_value_change(folders: dict[str, Any]) -> None:
     config, roles = _config(), _roles(folders)
     ids = torch.tensor([[5, 9, 12, 7, 30]])
     frozen = (roles.reference, roles.reward, roles.judge)
-    before = [role.hidden(ids, torch.ones_like(ids)).clone() for role in frozen]
-    policy, value = (roles.policy.hidden(ids, torch.ones_like(ids)).clone(), roles.value.hidden(ids, torch.ones_like(ids)).clone())
+    before = [role.hidden(ids).clone() for role in frozen]
+    policy, value = (roles.policy.hidden(ids).clone(), roles.value.hidden(ids).clone())
     progress = Progress(config, roles)
     for _ in range(2):
         optimise(config, roles, progress.optimisers, _experience(config, roles), 0.1, torch.Generator(), critic_only=False)
     for role, hidden in zip(frozen, before, strict=True):
-        torch.testing.assert_close(role.hidden(ids, torch.ones_like(ids)), hidden)
+        torch.testing.assert_close(role.hidden(ids), hidden)
         assert role.trainable == []
-    assert (roles.policy.hidden(ids, torch.ones_like(ids)) - policy).abs().max() > 1e-3
-    assert (roles.value.hidden(ids, torch.ones_like(ids)) - value).abs().max() > 1e-3
+    assert (roles.policy.hidden(ids) - policy).abs().max() > 1e-3
+    assert (roles.value.hidden(ids) - value).abs().max() > 1e-3
     assert not any(module.training for module in roles.model.modules())
 
 
@@ -164,8 +164,8 @@ def test_line_30_the_value_model_starts_from_the_reward_model(folders: dict[str,
     """Value of the token after EOS' predecessor = what the reward model would say there, centred."""
     roles = _roles(folders)
     ids = torch.tensor([[5, 9, 12, 7, 30]])
-    raw = roles.reward.head(roles.reward.hidden(ids, torch.ones_like(ids)))
-    value = roles.value.head(roles.value.hidden(ids, torch.ones_like(ids)))
+    raw = roles.reward.head(roles.reward.hidden(ids))
+    value = roles.value.head(roles.value.hidden(ids))
     torch.testing.assert_close(value, roles.reward_centring(raw), atol=1e-4, rtol=1e-4)
 
 
@@ -175,7 +175,7 @@ def test_the_saved_policy_is_the_trained_one_in_plain_transformers(folders: dict
     optimise(config, roles, progress.optimisers, _experience(config, roles), 0.1, torch.Generator(), critic_only=False)
     save_policy(roles, folders["sft"], tmp_path / "policy")
     ids = torch.tensor([[5, 9, 12, 7, 30]])
-    expected = roles.policy.head(roles.policy.hidden(ids, torch.ones_like(ids)))
+    expected = roles.policy.head(roles.policy.hidden(ids))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     torch.testing.assert_close(plain(ids).logits, expected, atol=1e-4, rtol=1e-4)
 

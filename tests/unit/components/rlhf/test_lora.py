@@ -31,7 +31,7 @@ def model() -> Any:
 def outcome(model: Any, adapter: str, inputs: Any = IDS) -> list[torch.Tensor]:
     """Hidden states, and the gradients of the adapter."""
     role = adapter_role(model, adapter, torch.nn.Identity(), trainable=True, head_trainable=False)
-    hidden = role.hidden(inputs, torch.ones_like(inputs))
+    hidden = role.hidden(inputs)
     (hidden.float() * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(9))).sum().backward()
     gradients = [p.grad for p in role.trainable if p.grad is not None]
     assert len(gradients) == len(role.trainable) == 28
@@ -53,7 +53,7 @@ def test_without_an_adapter_it_is_the_base(model: Any) -> None:
     plain = new_model(tokenizer, layers=2, hidden=16, heads=2, context_tokens=64, seed=0)
     role = adapter_role(model, "", torch.nn.Identity(), trainable=False, head_trainable=False)
     expected = plain.base_model(input_ids=IDS).last_hidden_state
-    torch.testing.assert_close(role.hidden(IDS, torch.ones_like(IDS)), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(role.hidden(IDS), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_in_bfloat16_it_stays_near_float32_and_adapters_get_float32_gradients(model: Any) -> None:

@@ -84,7 +84,7 @@ def test_no_eos_or_no_template_or_scaled_logits_are_refused(model: Any, tokenize
 def test_a_new_adapter_changes_nothing_and_a_disturbed_one_only_its_own_role(folder: Path) -> None:
     """Reference = base with the adapter off; policy, reward and value do not disturb each other (decision 5, line 21)."""
     model, _ = load_policy(folder)
-    plain = policy_role(load_policy(folder)[0]).hidden(IDS, MASK)
+    plain = policy_role(load_policy(folder)[0]).hidden(IDS)
     head = model.get_output_embeddings()
     for number, name in enumerate(("policy", "value")):
         add_adapter(model, name, rank=2, alpha=4, seed=number)
@@ -92,11 +92,11 @@ def test_a_new_adapter_changes_nothing_and_a_disturbed_one_only_its_own_role(fol
     reference = adapter_role(model, "", head, trainable=False, head_trainable=False)
     value = adapter_role(model, "value", head, trainable=True, head_trainable=False)
     for role in (policy, reference, value):
-        torch.testing.assert_close(role.hidden(IDS, MASK), plain)
+        torch.testing.assert_close(role.hidden(IDS), plain)
     _disturb(model, "policy", seed=3)
-    assert (policy.hidden(IDS, MASK) - plain).abs().max() > 1e-3
-    torch.testing.assert_close(reference.hidden(IDS, MASK), plain)
-    torch.testing.assert_close(value.hidden(IDS, MASK), plain)
+    assert (policy.hidden(IDS) - plain).abs().max() > 1e-3
+    torch.testing.assert_close(reference.hidden(IDS), plain)
+    torch.testing.assert_close(value.hidden(IDS), plain)
 
 
 def test_gradients_of_two_adapters_on_one_base_do_not_mix(folder: Path) -> None:
@@ -109,14 +109,14 @@ def test_gradients_of_two_adapters_on_one_base_do_not_mix(folder: Path) -> None:
         _disturb(model, name, seed=5)
     roles = [adapter_role(model, name, head, trainable=True, head_trainable=False) for name in ("policy", "value")]
     for role in roles:
-        role.hidden(IDS, MASK).sum().backward()
+        role.hidden(IDS).sum().backward()
     gradients = [[p.grad.clone() for p in role.trainable] for role in roles]
     assert all(g.abs().sum() > 0 for each in gradients for g in each)
     assert model.model.embed_tokens.weight.grad is None
     for role in roles:
         for parameter in role.trainable:
             parameter.grad = None
-    roles[0].hidden(IDS, MASK).sum().backward()
+    roles[0].hidden(IDS).sum().backward()
     for parameter, gradient in zip(roles[0].trainable, gradients[0], strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
     assert all(p.grad is None for p in roles[1].trainable)
@@ -129,14 +129,14 @@ def test_a_merged_adapter_is_the_adapter(folder: Path) -> None:
     role = adapter_role(model, "policy", model.get_output_embeddings(), trainable=True, head_trainable=False)
     plain, _ = load_policy(folder)
     merge_adapter_into(plain, model, "policy")
-    torch.testing.assert_close(policy_role(plain).hidden(IDS, MASK), role.hidden(IDS, MASK), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy_role(plain).hidden(IDS), role.hidden(IDS), atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_of_a_reward_model_fits_the_policy_it_started_from(folder: Path, tmp_path: Path) -> None:
     scorer = new_scorer(folder, seed=0)
     add_adapter(scorer, "reward", rank=3, alpha=6, seed=0)
     _disturb(scorer, "reward", seed=2)
-    trained = adapter_role(scorer, "reward", scorer.score, trainable=True, head_trainable=True).hidden(IDS, MASK)
+    trained = adapter_role(scorer, "reward", scorer.score, trainable=True, head_trainable=True).hidden(IDS)
     save_adapter(scorer, "reward", tmp_path / "adapter", rank=3, alpha=6)
     model, _ = load_policy(folder)
     assert load_adapter(model, "judge", tmp_path / "adapter") == (3, 6)
@@ -144,7 +144,7 @@ def test_an_adapter_of_a_reward_model_fits_the_policy_it_started_from(folder: Pa
     copy_adapter(model, "judge", "value")
     for name in ("judge", "value"):
         role = adapter_role(model, name, scorer.score, trainable=False, head_trainable=False)
-        torch.testing.assert_close(role.hidden(IDS, MASK), trained, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(role.hidden(IDS), trained, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(folder: Path, tmp_path: Path, tokenizer: Any) -> None:

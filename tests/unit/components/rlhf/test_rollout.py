@@ -71,7 +71,9 @@ def test_chunks_change_neither_values_nor_gradients(
     for size in (2**30, 4 * len(tokenizer) * 3):  # all at once; three tokens at a time
         monkeypatch.setattr(rollout, "LOGIT_BYTES", size)
         model.zero_grad()
-        logprobs, entropy = token_logprobs(policy_role(model, trainable=True), batch, temperature=0.9, pad_id=pad)
+        logprobs, entropy = token_logprobs(
+            policy_role(model, trainable=True), batch, temperature=0.9, pad_id=pad, with_entropy=True
+        )
         logprobs.sum().backward()
         results.append((logprobs.detach(), entropy, model.lm_head.weight.grad.clone()))
     for one, other in zip(*results, strict=True):
@@ -82,7 +84,8 @@ def test_entropy_is_that_of_the_distribution(model: Any, tokenizer: Any, encoded
     with torch.no_grad():
         model.lm_head.weight.zero_()  # uniform over everything but padding
     batch = right_pad(encoded[:1], [[5, 6, tokenizer.eos_token_id]], tokenizer.pad_token_id)
-    logprobs, entropy = token_logprobs(policy_role(model), batch, temperature=1.0, pad_id=tokenizer.pad_token_id)
+    pad = tokenizer.pad_token_id
+    logprobs, entropy = token_logprobs(policy_role(model), batch, temperature=1.0, pad_id=pad, with_entropy=True)
     expected = torch.tensor(float(len(tokenizer) - 1)).log()
     torch.testing.assert_close(entropy[batch.completion_mask_BT], expected.expand(3))
     torch.testing.assert_close(logprobs[batch.completion_mask_BT], -expected.expand(3))
@@ -137,6 +140,7 @@ def test_sample_gives_text_without_eos_and_says_whether_it_came(model: Any, toke
 def test_empty_completion_mask_gives_zeros(model: Any, tokenizer: Any) -> None:
     ids = torch.tensor([[5, 6, 7]])
     batch = Batch(ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool))
-    logprobs, entropy = token_logprobs(policy_role(model), batch, temperature=1.0, pad_id=tokenizer.pad_token_id)
+    pad = tokenizer.pad_token_id
+    logprobs, entropy = token_logprobs(policy_role(model), batch, temperature=1.0, pad_id=pad, with_entropy=True)
     assert logprobs.abs().sum() == 0
     assert entropy.abs().sum() == 0
