@@ -13,22 +13,25 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 
+from components.ppo_finetune.pretraining import examples_of_update, read_texts, windows
 from components.ppo_finetune.roles import Roles, load_roles, save_policy
 from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optimise, roll_out, statistics
+from components.rlhf.models import context_tokens
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
 from components.rlhf.records import iterate_snapshot, prompt_key
 from components.rlhf.rollout import prompt_limit
-from components.rlhf.tokens import PromptTooLong, encode_prompt
+from components.rlhf.tokens import Encoded, PromptTooLong, encode_prompt
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
-from components.services.launch import Context, Settings
+from components.services.launch import Context, Settings, json_digest
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +87,12 @@ class Config(Settings):
     """Weight of the value loss."""
     whiten_rewards: bool = False
     """Scale the per-token rewards to variance 1, keeping their mean."""
+    pretraining_coefficient: float = Field(0.0, ge=0)
+    """Weight of the pretraining texts' loss per token beside the policy's (PPO-ptx); 0: none."""
+    pretraining_examples: int = Field(8, ge=1)
+    """Windows of pretraining text in one optimiser step."""
+    pretraining_tokens: int = Field(256, ge=2)
+    """Longest window of pretraining text, in tokens; at most the model's context."""
     critic_warmup_updates: int = Field(0, ge=0)
     """Updates at the start in which only the value model learns."""
     judge_window: int = Field(5, ge=1)
@@ -123,6 +132,10 @@ class Inputs(Settings):
     """Reward model that is optimised."""
     judge_model_uri: str
     """Reward model trained on other rankings, which watches."""
+    pretraining: str = ""
+    """Plain text for the pretraining mix: JSON lines {"text": …}, a file or an s3:// object; needs pretraining_coefficient."""
+    fingerprint: str = ""
+    """Digest of the pretraining text; unused by the stage, it makes an orchestrator's cache key follow its content."""
 
 
 class Outputs(NamedTuple):
@@ -136,8 +149,7 @@ class Progress:
         update: the next one; the number of updates done.
         beta: the KL coefficient.
         history: what was logged, update by update.
-        before: the policy's weights before the last update: those that its rollouts measured.
-        best: the policy's weights before the update whose smoothed judge reward was highest.
+        best: the policy's weights in the update whose rollouts had the highest smoothed judge reward.
     """
 
     def __init__(self, config: Config, roles: Roles) -> None:
@@ -160,7 +172,6 @@ class Progress:
         self.update = 0
         self.beta = config.beta
         self.history: list[dict[str, Any]] = []
-        self.before: list[torch.Tensor] = []
         self.best: list[torch.Tensor] = []
         self.best_update = 0
         # Sampling and the order of the rows draw from streams of their own.
@@ -197,7 +208,14 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     """1. load the roles and the prompts; 2. update; 3. take the policy that the judge liked best; 4. publish."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    uri = context.uri("policies")
+    if bool(inputs.pretraining) != bool(config.pretraining_coefficient):
+        raise DoNotRetry(
+            f"ppo_finetune.pretraining = {inputs.pretraining!r} and pretraining_coefficient = {config.pretraining_coefficient}: "
+            "one without the other does nothing",
+            "set both, or neither",
+        )
+    texts = read_texts(inputs.pretraining, context.storage) if inputs.pretraining else []
+    uri = context.uri("policies", json_digest([context.key, texts])[:32] if texts else "")
     if context.published_before(uri):
         return Outputs(uri)
 
@@ -221,7 +239,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
     # 2. Updates.
     progress = Progress(config, roles)
-    why = train(config, progress, prompts, context)
+    limit_tokens = min(config.pretraining_tokens, context_tokens(roles.model))
+    why = train(config, progress, prompts, context, windows(roles.tokenizer, texts, limit_tokens))
 
     # 3. The best policy, by the judge.
     load_weights(roles.policy.trainable, progress.best)
@@ -289,7 +308,9 @@ def read_prompts(config: Config, roles: Roles, snapshot: Path) -> tuple[list[lis
     return prompts, left_out
 
 
-def train(config: Config, progress: Progress, prompts: list[list[int]], context: Context) -> str:
+def train(
+    config: Config, progress: Progress, prompts: list[list[int]], context: Context, pretraining: Sequence[Encoded] = ()
+) -> str:
     """Updates until the number is reached or the judge falls; gives the reason for the end.
 
     The rollouts of update u measure the policy before it, so one more than the updates is needed to measure the last.
@@ -299,15 +320,16 @@ def train(config: Config, progress: Progress, prompts: list[list[int]], context:
         progress.load(saved)
         _log.info("continuing after update %d", progress.update)
     order = data_order(len(prompts), (config.updates + 1) * config.batch_prompts, config.seed)
+    steps = config.epochs * config.minibatches
     with context.deferred_stop() as stop:
         todo = range(progress.update, config.updates + 1)
         for update in context.progress.track(todo, config.updates + 1, "updates", start=progress.update):
             chosen = order[update * config.batch_prompts : (update + 1) * config.batch_prompts]
-            one_update(config, progress, [prompts[i] for i in chosen], last=update == config.updates)
+            examples = examples_of_update(pretraining, update, config.pretraining_examples * steps, config.seed)
+            one_update(config, progress, [prompts[i] for i in chosen], update == config.updates, examples)
             row = progress.history[-1]
             context.tracker.metrics({k: v for k, v in row.items() if isinstance(v, float)}, update)
             check(config, row)
-            keep_best(config, progress)
             if over_optimised(config, progress):
                 _log.warning("the judge's reward falls while the reward rises: stopped after update %d", update)
                 return "over_optimised"
@@ -319,20 +341,23 @@ def train(config: Config, progress: Progress, prompts: list[list[int]], context:
     return "finished"
 
 
-def one_update(config: Config, progress: Progress, prompts: list[list[int]], last: bool) -> None:
-    """Rolls out, measures and, unless it is the last, optimises; appends a row to the history."""
+def one_update(
+    config: Config, progress: Progress, prompts: list[list[int]], last: bool, pretraining: Sequence[Encoded] = ()
+) -> None:
+    """Rolls out, measures, keeps the policy if it is the best so far and, unless it is the last, optimises."""
     watch = Stopwatch()
-    progress.before = [weights.clone() for weights in weights_of(progress.roles.policy.trainable)]
     completions = roll_out(config, progress.roles, prompts, progress.sampling)
     watch.lap("rollout")
     experience = look_at(config, progress.roles, completions)
     watch.lap("score")
     row: dict[str, Any] = {"update": len(progress.history), **statistics(experience), "beta": progress.beta}
+    progress.history.append(row)
+    keep_best(config, progress)
     if not last:
         row["learning_rate"] = progress.optimisers.policy.learning_rate
-        critic_only = len(progress.history) < config.critic_warmup_updates
+        critic_only = row["update"] < config.critic_warmup_updates
         row |= optimise(
-            config, progress.roles, progress.optimisers, experience, progress.beta, progress.order, critic_only=critic_only
+            config, progress.roles, progress.optimisers, experience, progress.beta, progress.order, critic_only, pretraining
         )
         watch.lap("optimise")
     seconds = sum(watch.seconds.values())
@@ -341,7 +366,6 @@ def one_update(config: Config, progress: Progress, prompts: list[list[int]], las
         progress.beta = next_beta(
             progress.beta, row["kl_reference"], target=config.kl_target, samples=len(completions), horizon=config.kl_horizon
         )
-    progress.history.append(row)
 
 
 def check(config: Config, row: dict[str, Any]) -> None:
@@ -377,7 +401,8 @@ def keep_best(config: Config, progress: Progress) -> None:
     row["judge_smoothed"] = smoothed(progress.history, "judge_reward", config.judge_window)
     row["reward_smoothed"] = smoothed(progress.history, "reward", config.judge_window)
     if row["judge_smoothed"] >= max(each["judge_smoothed"] for each in progress.history):
-        progress.best, progress.best_update = progress.before, row["update"]
+        progress.best = [weights.clone() for weights in weights_of(progress.roles.policy.trainable)]
+        progress.best_update = row["update"]
 
 
 def over_optimised(config: Config, progress: Progress) -> bool:

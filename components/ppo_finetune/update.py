@@ -17,11 +17,12 @@ from torch import Tensor
 
 from components.ppo_finetune.roles import Roles
 from components.rlhf import ppo
+from components.rlhf.likelihood import add_nll_gradient
 from components.rlhf.models import Role
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.reward import Centring, score_tokens
 from components.rlhf.rollout import Completion, sample_tokens, to_completion, token_logprobs
-from components.rlhf.tokens import Batch, length_batches, right_pad
+from components.rlhf.tokens import Batch, Encoded, length_batches, right_pad
 
 POLICY_SUMS = ("policy_loss", "clip_fraction", "kl_old")
 
@@ -44,6 +45,7 @@ class Knobs(Protocol):
     value_coefficient: float
     whiten_rewards: bool
     max_kl_old: float
+    pretraining_coefficient: float
 
 
 class Experience(NamedTuple):
@@ -74,6 +76,13 @@ class Experience(NamedTuple):
 class Optimisers(NamedTuple):
     policy: Optimiser
     value: Optimiser
+
+
+class MicroBatch(NamedTuple):
+    """Rows of an update's batch, cut to their longest: their indices [b], and what they hold."""
+
+    rows_B: Tensor
+    part: Batch
 
 
 def roll_out(knobs: Knobs, roles: Roles, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> list[Completion]:
@@ -145,6 +154,7 @@ def optimise(
     beta: float,
     order: torch.Generator,
     critic_only: bool,
+    pretraining: Sequence[Encoded] = (),
 ) -> dict[str, float]:
     """Several epochs over the experience; gives the means of the losses and what else is logged of them.
 
@@ -152,6 +162,7 @@ def optimise(
         beta: coefficient of the KL penalty.
         order: shuffles the rows of an epoch.
         critic_only: leaves the policy as it is (critic warm-up).
+        pretraining: examples whose likelihood is raised beside, in equal shares in each step (PPO-ptx: Ouyang 2022, equation 2).
 
     Where the policy has gone further than `max_kl_old` from the one that sampled, it stays there for the rest of the update; the
     value model goes on.
@@ -167,54 +178,80 @@ def optimise(
 
     seen: dict[str, list[float]] = {}
     policy_learns, policy_steps = not critic_only, 0
-    for _ in range(knobs.epochs):
-        rows = torch.randperm(len(mask_BT), generator=order)
-        for chosen in rows.chunk(knobs.minibatches):
-            tokens = int(mask_BT[chosen.to(mask_BT.device)].sum())  # the loss is a mean over these, whatever the micro-batches
-            sums = dict.fromkeys((*(POLICY_SUMS if policy_learns else ()), "value_loss", "value_clip_fraction"), 0.0)
-            for part in _micro_rows(batch, chosen.tolist(), knobs.micro_batch_tokens):
-                rows_B, small = part
-                cut = small.ids_BT.shape[1]
-                if policy_learns:
-                    logprobs_BT, _ = token_logprobs(
-                        roles.policy, small, temperature=knobs.temperature, pad_id=roles.tokenizer.pad_token_id
-                    )
-                    policy = ppo.policy_loss(
-                        logprobs_BT,
-                        experience.logprobs_old_BT[rows_B, :cut],
-                        advantages_BT[rows_B, :cut],
-                        small.completion_mask_BT,
-                        knobs.clip,
-                    )
-                    (policy.total / tokens).backward()
-                    sums["policy_loss"] += policy.total.item() / tokens
-                    sums["clip_fraction"] += policy.clipped.item() / tokens
-                    sums["kl_old"] += policy.kl_old.item() / tokens
-                value = ppo.value_loss(
-                    token_values(roles.value, small),
-                    experience.values_old_BT[rows_B, :cut],
-                    returns_BT[rows_B, :cut],
-                    small.completion_mask_BT,
-                    knobs.value_clip,
-                )
-                (knobs.value_coefficient * value.total / tokens).backward()
-                sums["value_loss"] += value.total.item() / tokens
-                sums["value_clip_fraction"] += value.clipped.item() / tokens
-            if policy_learns and knobs.max_kl_old and sums["kl_old"] > knobs.max_kl_old:
+    steps = [rows for _ in range(knobs.epochs) for rows in torch.randperm(len(mask_BT), generator=order).chunk(knobs.minibatches)]
+    for rows, examples in zip(steps, _shares(pretraining, len(steps)), strict=True):
+        micro = list(_micro_rows(batch, rows.tolist(), knobs.micro_batch_tokens))
+        sums: dict[str, float] = {}
+        if policy_learns:
+            sums |= add_policy_gradient(knobs, roles, experience, advantages_BT, micro)
+            if knobs.max_kl_old and sums["kl_old"] > knobs.max_kl_old:
                 optimisers.policy.discard()
                 policy_learns = False
-            elif policy_learns:
+            else:
+                if examples:
+                    sums["pretraining_loss"] = add_nll_gradient(
+                        roles.policy,
+                        examples,
+                        roles.tokenizer.pad_token_id,
+                        knobs.micro_batch_tokens,
+                        weight=knobs.pretraining_coefficient,
+                    )
                 sums["gradient_norm"] = optimisers.policy.step()
                 policy_steps += 1
-            sums["value_gradient_norm"] = optimisers.value.step()
-            for key, number in sums.items():
-                seen.setdefault(key, []).append(number)
+        sums |= add_value_gradient(knobs, roles, experience, returns_BT, micro)
+        sums["value_gradient_norm"] = optimisers.value.step()
+        for key, number in sums.items():
+            seen.setdefault(key, []).append(number)
     means = dict.fromkeys(POLICY_SUMS, 0.0) | {key: sum(numbers) / len(numbers) for key, numbers in seen.items()}
     return {
         **means,
         "policy_steps": float(policy_steps),
         "explained_variance": ppo.explained_variance(experience.values_old_BT, returns_BT, mask_BT),
     }
+
+
+def add_policy_gradient(
+    knobs: Knobs, roles: Roles, experience: Experience, advantages_BT: Tensor, micro: Sequence[MicroBatch]
+) -> dict[str, float]:
+    """Adds the gradient of one minibatch's clipped surrogate to the policy; gives what is logged of it, token means."""
+    tokens = sum(int(part.completion_mask_BT.sum()) for _, part in micro)  # whatever the micro-batches
+    sums = dict.fromkeys(POLICY_SUMS, 0.0)
+    for rows_B, part in micro:
+        cut = part.ids_BT.shape[1]
+        logprobs_BT, _ = token_logprobs(roles.policy, part, temperature=knobs.temperature, pad_id=roles.tokenizer.pad_token_id)
+        loss = ppo.policy_loss(
+            logprobs_BT,
+            experience.logprobs_old_BT[rows_B, :cut],
+            advantages_BT[rows_B, :cut],
+            part.completion_mask_BT,
+            knobs.clip,
+        )
+        (loss.total / tokens).backward()
+        sums["policy_loss"] += loss.total.item() / tokens
+        sums["clip_fraction"] += loss.clipped.item() / tokens
+        sums["kl_old"] += loss.kl_old.item() / tokens
+    return sums
+
+
+def add_value_gradient(
+    knobs: Knobs, roles: Roles, experience: Experience, returns_BT: Tensor, micro: Sequence[MicroBatch]
+) -> dict[str, float]:
+    """Adds the gradient of one minibatch's clipped value loss; apart from the policy's, so that one gradient is held at a time."""
+    tokens = sum(int(part.completion_mask_BT.sum()) for _, part in micro)
+    sums = {"value_loss": 0.0, "value_clip_fraction": 0.0}
+    for rows_B, part in micro:
+        cut = part.ids_BT.shape[1]
+        loss = ppo.value_loss(
+            token_values(roles.value, part),
+            experience.values_old_BT[rows_B, :cut],
+            returns_BT[rows_B, :cut],
+            part.completion_mask_BT,
+            knobs.value_clip,
+        )
+        (knobs.value_coefficient * loss.total / tokens).backward()
+        sums["value_loss"] += loss.total.item() / tokens
+        sums["value_clip_fraction"] += loss.clipped.item() / tokens
+    return sums
 
 
 def statistics(experience: Experience) -> dict[str, float]:
@@ -250,7 +287,13 @@ class Stopwatch:
         self._started = now
 
 
-def _micro_rows(batch: Batch, rows: Sequence[int], max_tokens: int) -> list[tuple[Tensor, Batch]]:
+def _shares(examples: Sequence[Encoded], parts: int) -> list[Sequence[Encoded]]:
+    """The examples in `parts` consecutive shares of equal size."""
+    size = len(examples) // parts
+    return [examples[number * size : (number + 1) * size] for number in range(parts)]
+
+
+def _micro_rows(batch: Batch, rows: Sequence[int], max_tokens: int) -> list[MicroBatch]:
     """Length-sorted groups of rows, each cut to its longest; as (row indices, their part of the batch)."""
     lengths = batch.attention_BT.sum(1).tolist()
     groups = length_batches([lengths[row] for row in rows], max_tokens)
@@ -258,7 +301,7 @@ def _micro_rows(batch: Batch, rows: Sequence[int], max_tokens: int) -> list[tupl
     for group in groups:
         index_B = torch.tensor([rows[i] for i in group], device=batch.ids_BT.device)
         cut = max(lengths[rows[i]] for i in group)
-        result.append((index_B, Batch(*(each[index_B, :cut] for each in batch))))
+        result.append(MicroBatch(index_B, Batch(*(each[index_B, :cut] for each in batch))))
     return result
 
 

@@ -7,21 +7,44 @@ or a list of metrics. Tensors are stored by their path; the rest is JSON in the 
 from __future__ import annotations
 
 import json
+import struct
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 _TENSOR = "__tensor__"
 _INTEGER_KEYS = "__integer_keys__"
+_TYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def save(state: Any, path: str) -> None:
-    """Writes `state` to a file. Tensors are copied to the CPU; shared or non-contiguous ones are stored in full."""
+    """Writes `state` to a file. Shared or non-contiguous tensors are stored in full.
+
+    One tensor after the other: the library's own writer first holds a second copy of all of them, which for a model that is trained
+    in full is as much as its weights and its optimiser together.
+    """
     tensors: dict[str, torch.Tensor] = {}
     document = _take_tensors(state, "", tensors)
-    save_file(tensors, path, metadata={"state": json.dumps(document)})
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # each then begins where its type may
+    header: dict[str, Any] = {"__metadata__": {"state": json.dumps(document)}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def load(path: str) -> Any:
@@ -40,7 +63,7 @@ def load(path: str) -> Any:
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().cpu().clone().contiguous()
+        tensors[path] = value.detach()
         return {_TENSOR: path}
     if isinstance(value, dict):
         result = {str(key): _take_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
+from components.rlhf.likelihood import add_nll_gradient, mean_nll
 from components.rlhf.models import Role, context_tokens, policy_role, save_model
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.records import iterate_snapshot
-from components.rlhf.rollout import token_logprobs
 from components.rlhf.scratch_model import new_model, train_tokenizer
-from components.rlhf.tokens import Encoded, PromptTooLong, encode_completion, encode_prompt, micro_batches, show
+from components.rlhf.tokens import Encoded, PromptTooLong, encode_completion, encode_prompt, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
@@ -130,7 +130,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
     # 4. Held-out loss, in nats per token.
     held_out, _ = encode(tokenizer, test[: config.test_examples], context_tokens(model), required=False)
-    test_loss = mean_loss(role, held_out, tokenizer.pad_token_id, config.micro_batch_tokens) if held_out else None
+    test_loss = mean_nll(role, held_out, tokenizer.pad_token_id, config.micro_batch_tokens) if held_out else None
 
     # 5. Publish.
     context.summary.update(parameters=parameters, examples=len(encoded), left_out=left_out)
@@ -213,7 +213,7 @@ def train_loop(config: Config, role: Role, examples: Sequence[Encoded], steps: i
     with context.deferred_stop() as stop:
         for step in context.progress.track(range(len(losses), steps), steps, "steps", start=len(losses)):
             chosen = [examples[i] for i in order[step * config.batch_size : (step + 1) * config.batch_size]]
-            loss = accumulate(role, chosen, pad_id, config.micro_batch_tokens)
+            loss = add_nll_gradient(role, chosen, pad_id, config.micro_batch_tokens)
             if not math.isfinite(loss):
                 raise DoNotRetry(f"SFT diverged: loss {loss} at step {step}", LOWER_RATE)
             rate = optimiser.learning_rate
@@ -228,27 +228,3 @@ def train_loop(config: Config, role: Role, examples: Sequence[Encoded], steps: i
         raise DoNotRetry(f"SFT diverged: weights are not finite after step {steps - 1}", LOWER_RATE)
     recent = losses[-max(1, steps // 10) :]
     return sum(recent) / len(recent)
-
-
-def accumulate(role: Role, examples: Sequence[Encoded], pad_id: int, micro_batch_tokens: int) -> float:
-    """Adds the gradient of the mean loss per completion token of the whole batch, and gives that loss.
-
-    The mean is over the batch's own count of tokens, so micro-batches change nothing but memory.
-    """
-    tokens = sum(len(e.completion_ids) for e in examples)
-    total = 0.0
-    for batch in micro_batches(examples, pad_id, micro_batch_tokens, role.device):
-        logprobs_BT, _ = token_logprobs(role, batch, temperature=1.0, pad_id=pad_id)
-        loss = -logprobs_BT.sum() / tokens
-        loss.backward()
-        total += loss.item()
-    return total
-
-
-@torch.no_grad()
-def mean_loss(role: Role, examples: Sequence[Encoded], pad_id: int, micro_batch_tokens: int) -> float:
-    """Negative log-likelihood per completion token, in nats."""
-    total = 0.0
-    for batch in micro_batches(examples, pad_id, micro_batch_tokens, role.device):
-        total -= token_logprobs(role, batch, temperature=1.0, pad_id=pad_id)[0].sum().item()
-    return total / sum(len(e.completion_ids) for e in examples)

@@ -39,10 +39,12 @@ def test_line_36_each_failure_says_which_it_was() -> None:
 
 
 def _replay(config: Config, rewards: list[float], judges: list[float]) -> tuple[Any, list[bool]]:
-    progress = SimpleNamespace(history=[], before=[], best=[], best_update=0)
+    weight = torch.nn.Parameter(torch.zeros(()))
+    roles = SimpleNamespace(policy=SimpleNamespace(trainable=[weight]))
+    progress = SimpleNamespace(history=[], roles=roles, best=[], best_update=0)
     stops = []
     for update, (reward, judge) in enumerate(zip(rewards, judges, strict=True)):
-        progress.before = [torch.tensor(float(update))]
+        weight.data.fill_(float(update))
         progress.history.append({"update": update, "reward": reward, "judge_reward": judge})
         keep_best(config, progress)  # type: ignore[arg-type]
         stops.append(over_optimised(config, progress))  # type: ignore[arg-type]

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from components.rlhf.likelihood import add_nll_gradient
 from components.rlhf.models import policy_role
 from components.rlhf.records import Message, Ranking
 from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.services.exits import DoNotRetry
 from components.train_sft.examples import Example, from_rankings, read_demonstrations
-from components.train_sft.stage import accumulate, encode
+from components.train_sft.stage import encode
 
 NO_STORE: Any = None
 
@@ -119,7 +120,7 @@ def test_the_loss_counts_completion_tokens_and_eos_alone_whatever_the_micro_batc
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     for micro_batch_tokens in (8, 1000):
         model.zero_grad()
-        loss = accumulate(policy_role(model, trainable=True), encoded, tokenizer.pad_token_id, micro_batch_tokens)
+        loss = add_nll_gradient(policy_role(model, trainable=True), encoded, tokenizer.pad_token_id, micro_batch_tokens)
         assert loss == pytest.approx((total / count).item(), abs=1e-5)
         for name, parameter in model.named_parameters():
             if name in gradients:

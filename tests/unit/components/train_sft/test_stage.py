@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from components.rlhf.likelihood import add_nll_gradient, mean_nll
 from components.rlhf.models import policy_role
 from components.rlhf.records import Message
 from components.rlhf.scratch_model import new_model, train_tokenizer
@@ -14,7 +15,7 @@ from components.rlhf.tokens import Encoded
 from components.services.exits import DoNotRetry
 from components.services.launch import parse_settings
 from components.train_sft.examples import Example
-from components.train_sft.stage import Config, Inputs, accumulate, encode, mean_loss, run
+from components.train_sft.stage import Config, Inputs, encode, run
 
 CONTEXT_TOKENS = 64
 NO_CONTEXT: Any = None
@@ -74,7 +75,7 @@ def test_loss_and_gradient_are_those_of_the_completion_tokens_in_plain_torch(
     expected = plain_loss(model, EXAMPLES, tokenizer.pad_token_id)
     expected.backward()
     by_hand = gradients(model)
-    loss = accumulate(policy_role(model, trainable=True), EXAMPLES, tokenizer.pad_token_id, micro_batch_tokens)
+    loss = add_nll_gradient(policy_role(model, trainable=True), EXAMPLES, tokenizer.pad_token_id, micro_batch_tokens)
     assert loss == pytest.approx(expected.item(), abs=1e-5)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, by_hand[name], atol=1e-5, rtol=1e-5)
@@ -86,7 +87,7 @@ def test_the_end_of_an_answer_is_learned(model: Any, tokenizer: Any) -> None:
     optimiser = torch.optim.Adam(role.trainable, 0.01)
     for _ in range(30):
         optimiser.zero_grad()
-        accumulate(role, [Encoded(prompt, [50, eos])], tokenizer.pad_token_id, 100)
+        add_nll_gradient(role, [Encoded(prompt, [50, eos])], tokenizer.pad_token_id, 100)
         optimiser.step()
     assert model(torch.tensor([[*prompt, 50]])).logits[0, -1].softmax(-1)[eos] > 0.9
 
@@ -99,7 +100,7 @@ def test_what_a_prompt_says_is_not_learned(model: Any, tokenizer: Any) -> None:
         output.last_hidden_state.register_hook(seen.append)
 
     hook = model.model.register_forward_hook(watch)
-    accumulate(policy_role(model, trainable=True), [Encoded([3, 40, 41, 4], [50, 1])], tokenizer.pad_token_id, 100)
+    add_nll_gradient(policy_role(model, trainable=True), [Encoded([3, 40, 41, 4], [50, 1])], tokenizer.pad_token_id, 100)
     hook.remove()
     touched = seen[0][0].abs().sum(-1) > 0
     assert touched.tolist() == [False, False, False, True, True, False]
@@ -108,7 +109,7 @@ def test_what_a_prompt_says_is_not_learned(model: Any, tokenizer: Any) -> None:
 def test_the_held_out_loss_is_that_of_plain_torch_and_leaves_no_gradient(model: Any, tokenizer: Any) -> None:
     expected = plain_loss(model, EXAMPLES, tokenizer.pad_token_id).item()
     for micro_batch_tokens in (1, 35, 10_000):
-        found = mean_loss(policy_role(model, trainable=True), EXAMPLES, tokenizer.pad_token_id, micro_batch_tokens)
+        found = mean_nll(policy_role(model, trainable=True), EXAMPLES, tokenizer.pad_token_id, micro_batch_tokens)
         assert found == pytest.approx(expected, abs=1e-5)
     assert all(p.grad is None for p in model.parameters())
 
