@@ -86,14 +86,14 @@ def draw(context: Context, policies: Mapping[str, str], prompts: Sequence[list[M
     cut: set[int] = set()
     for name, uri in policies.items():
         model, tokenizer = _load(context, name, uri, "policy", sampling.precision)
-        limit_tokens = prompt_limit(model, sampling.max_new_tokens, sampling.max_prompt_tokens)
+        limit_tokens = prompt_limit(model.config, sampling.max_new_tokens, sampling.max_prompt_tokens)
         was_cut = {i: _was_cut(tokenizer, prompts[i], limit_tokens) for i in indices}
         indices = [i for i in indices if was_cut[i] is not None]
         cut |= {i for i in indices if was_cut[i]}
         if not indices:
             raise DoNotRetry(
                 f"none of the {len(prompts)} held-out prompts fits {limit_tokens} tokens: {uri} has a context of "
-                f"{context_tokens(model)}, and evaluate.max_new_tokens is {sampling.max_new_tokens}",
+                f"{context_tokens(model.config)}, and evaluate.max_new_tokens is {sampling.max_new_tokens}",
                 "lower evaluate.max_new_tokens, raise evaluate.max_prompt_tokens, or use a model with a longer context",
             )
         completions[name] = _sample(context, name, model, tokenizer, [(i, prompts[i]) for i in indices], sampling)

@@ -15,6 +15,7 @@ from components.rlhf.models import (
     add_adapter,
     copy_adapter,
     load_adapter,
+    load_head,
     load_policy,
     load_scorer,
     merge_adapter_into,
@@ -59,14 +60,11 @@ def load_roles(sft: Path, reward: Path, judge: Path, *, precision: Precision, lo
         DoNotRetry: adapters are asked for, and a reward model has none for this base.
     """
     model, tokenizer = load_policy(sft, precision)
-    reward_model, _ = load_scorer(reward)
-    judge_model, _ = load_scorer(judge)
-    reward_centring, judge_centring = Centring.of(reward_model.config), Centring.of(judge_model.config)
-    value_head = value_head_of(reward_model.score, reward_centring)
+    (reward_head, reward_config), (judge_head, judge_config) = load_head(reward), load_head(judge)
+    reward_centring, judge_centring = Centring.of(reward_config), Centring.of(judge_config)
+    value_head = value_head_of(reward_head, reward_centring)
     if lora_rank:
-        heads = reward_model.score, judge_model.score
-        del reward_model, judge_model
-        roles = _adapters(model, heads, value_head, reward, judge, lora_rank, lora_alpha, seed)
+        roles = _adapters(model, (reward_head, judge_head), value_head, reward, judge, lora_rank, lora_alpha, seed)
     else:
         value_model, _ = load_scorer(reward)
         value_model.score = value_head
@@ -74,8 +72,8 @@ def load_roles(sft: Path, reward: Path, judge: Path, *, precision: Precision, lo
             policy_role(model, trainable=True),
             policy_role(load_policy(sft, precision)[0]),
             scorer_role(value_model, trainable=True),
-            scorer_role(reward_model),
-            scorer_role(judge_model),
+            scorer_role(load_scorer(reward)[0]),
+            scorer_role(load_scorer(judge)[0]),
         )
     return Roles(*roles, reward_centring, judge_centring, model, tokenizer, bool(lora_rank))
 

@@ -15,14 +15,16 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 
+from components.ppo_finetune.memory import plan
 from components.ppo_finetune.pretraining import examples_of_update, read_texts, windows
 from components.ppo_finetune.roles import Roles, load_roles, save_policy
 from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optimise, roll_out, statistics
+from components.rlhf.memory import GIB, peak_bytes, table
 from components.rlhf.models import context_tokens
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
@@ -32,6 +34,9 @@ from components.rlhf.tokens import Encoded, PromptTooLong, encode_prompt
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -225,6 +230,13 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         folders.values(), (inputs.snapshot_uri, inputs.sft_uri, inputs.reward_model_uri, inputs.judge_model_uri), strict=True
     ):
         context.storage.fetch_folder(source, folder)
+    from transformers import AutoConfig, AutoTokenizer  # four seconds, which reading a config need not cost
+
+    tokenizer, model_config = AutoTokenizer.from_pretrained(folders["sft"]), AutoConfig.from_pretrained(folders["sft"])
+    prompts, left_out = read_prompts(config, tokenizer, model_config, folders["snapshot"])
+    _log.info("%d prompts; one of them: %s", len(prompts), " ".join(tokenizer.convert_ids_to_tokens(prompts[0])))
+    shares = plan(config, folders["sft"], [folders["reward"], folders["judge"]], [len(prompt) for prompt in prompts])
+    _log.info("memory:\n%s", table(shares))
     roles = load_roles(
         folders["sft"],
         folders["reward"],
@@ -234,13 +246,14 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         lora_alpha=config.lora_alpha,
         seed=config.seed,
     )
-    prompts, left_out = read_prompts(config, roles, folders["snapshot"])
-    _log.info("%d prompts; one of them: %s", len(prompts), " ".join(roles.tokenizer.convert_ids_to_tokens(prompts[0])))
 
     # 2. Updates.
     progress = Progress(config, roles)
-    limit_tokens = min(config.pretraining_tokens, context_tokens(roles.model))
+    limit_tokens = min(config.pretraining_tokens, context_tokens(model_config))
     why = train(config, progress, prompts, context, windows(roles.tokenizer, texts, limit_tokens))
+
+    peak_gib = peak_bytes() / GIB  # publishing takes memory of its own
+    _log.info("memory: %.3f GiB at the peak", peak_gib)
 
     # 3. The best policy, by the judge.
     load_weights(roles.policy.trainable, progress.best)
@@ -259,6 +272,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         judge_reward_before=first["judge_reward"],
         judge_reward=chosen["judge_reward"],
         kl_reference=chosen["kl_reference"],
+        memory_planned_gib=sum(share.bytes for share in shares) / GIB,
+        memory_peak_gib=peak_gib,
     )
     folder = context.scratch / "policy"
     save_policy(roles, folders["sft"], folder)
@@ -280,19 +295,21 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     return Outputs(uri)
 
 
-def read_prompts(config: Config, roles: Roles, snapshot: Path) -> tuple[list[list[int]], int]:
+def read_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, snapshot: Path
+) -> tuple[list[list[int]], int]:
     """Distinct prompts of the train split as token ids, and how many were left out because they do not fit.
 
     Raises:
         DoNotRetry: there are fewer than one update needs.
     """
     put_eos = config.cut_completions == "scored"
-    limit = prompt_limit(roles.model, config.max_new_tokens + put_eos, config.max_prompt_tokens)
+    limit = prompt_limit(model_config, config.max_new_tokens + put_eos, config.max_prompt_tokens)
     distinct = {prompt_key(r.prompt): r.prompt for r in iterate_snapshot(snapshot, "train")}
     prompts, left_out, cut = [], 0, 0
     for key in sorted(distinct):
         try:
-            ids, was_cut = encode_prompt(roles.tokenizer, distinct[key], limit)
+            ids, was_cut = encode_prompt(tokenizer, distinct[key], limit)
         except PromptTooLong:
             left_out += 1
             continue

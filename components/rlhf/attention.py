@@ -21,8 +21,8 @@ LONGEST = 512  # keys; beyond, the scores of a row and head take more than a meg
 
 
 def use_short_rows(model: PreTrainedModel) -> None:
-    """Makes a model on a CPU attend with `short_rows`, if it uses torch's kernel now."""
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+    """Makes a model attend with `short_rows`, if it uses torch's kernel now. It pays on a CPU."""
+    if model.config._attn_implementation != "sdpa":
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

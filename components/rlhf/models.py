@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,11 +21,12 @@ from components.rlhf.attention import use_short_rows
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Precision = Literal["float32", "bfloat16"]
 PAD_TOKEN = "<|pad|>"
 ADAPTER_FOLDER = "adapter"
+HEAD = "score.weight"
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -117,6 +118,27 @@ def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[P
     return _ready(model).requires_grad_(False), tokenizer
 
 
+def load_head(folder: Path) -> tuple[nn.Linear, PretrainedConfig]:
+    """The head of a saved reward model and its config, without reading its backbone.
+
+    Raises:
+        OSError: not a reward model's folder, or weights that are damaged.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                if HEAD in weights.keys():
+                    head = nn.utils.skip_init(nn.Linear, config.hidden_size, 1, bias=False)
+                    head.weight.data.copy_(weights.get_tensor(HEAD))
+                    return head.to(device()).requires_grad_(False), config
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged: {error}") from error
+    raise OSError(f"{folder} has no weight {HEAD}: it is not a reward model")
+
+
 def _load_whole(auto_class: Any, folder: Path | str, precision: Precision) -> PreTrainedModel:
     """A model of which every weight was in the folder: `from_pretrained` would draw missing ones at random and go on."""
     try:
@@ -147,7 +169,8 @@ def new_scorer(policy_folder: Path | str, seed: int, precision: Precision = "flo
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
     """On the device, without dropout, with the attention that is fastest there."""
     model = model.to(device()).eval()
-    use_short_rows(model)
+    if model.device.type == "cpu":
+        use_short_rows(model)
     return model
 
 
@@ -180,9 +203,9 @@ def _prepare_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         model.generation_config.suppress_tokens = [tokenizer.pad_token_id]  # as our sampler: padding is never an answer
 
 
-def context_tokens(model: PreTrainedModel) -> int:
-    """How many tokens the model can attend to."""
-    return int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+def context_tokens(config: PretrainedConfig) -> int:
+    """How many tokens a model can attend to."""
+    return int(getattr(config, "max_position_embeddings", 0) or 2**31)
 
 
 # -- roles -------------------------------------------------------------------------------------------------------------
@@ -285,6 +308,12 @@ def load_adapter(model: PreTrainedModel, adapter: str, folder: Path) -> tuple[in
                 raise ValueError(f"{folder}: the adapter has no weight {key} of {tuple(parameter.shape)}")
             parameter.copy_(weights[key])
     return facts["rank"], facts["alpha"]
+
+
+def adapter_bytes(folder: Path) -> int:
+    """Size of the adapter beside a saved reward model, in bytes; 0 if it has none."""
+    path = folder / ADAPTER_FOLDER / "adapter.safetensors"
+    return path.stat().st_size if path.exists() else 0
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def score(
         PromptTooLong: a prompt and its completion do not fit, even with the prompt cut at the front.
     """
     answers = [encode_completion(tokenizer, text) for text in completions]
-    limit = min(context_tokens(model), tokenizer.model_max_length)
+    limit = min(context_tokens(model.config), tokenizer.model_max_length)
     encoded = [encode_prompt(tokenizer, prompt, limit - len(answer))[0] for prompt, answer in zip(prompts, answers, strict=True)]
     longest = max(len(p) + len(a) for p, a in zip(encoded, answers, strict=True))
     raw = score_tokens(scorer_role(model), encoded, answers, pad_id=tokenizer.pad_token_id, max_tokens=batch_size * longest)

@@ -19,7 +19,7 @@ from components.rlhf.records import Message
 from components.rlhf.tokens import Batch, encode_prompt, left_pad, length_batches, right_pad
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOGIT_BYTES = 24 * 2**20  # vocabulary-sized work is cut into chunks; beyond 32 MiB each would be fetched anew, page by page
 NEVER = -1e30  # logit of the pad token, which is never an answer; finite, for 0 times infinity is not a number
@@ -116,9 +116,9 @@ def to_completion(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids
     return Completion(list(prompt), ids, text, ended, logprobs)
 
 
-def prompt_limit(model: PreTrainedModel, max_new_tokens: int, max_prompt_tokens: int) -> int:
+def prompt_limit(config: PretrainedConfig, max_new_tokens: int, max_prompt_tokens: int) -> int:
     """Tokens that a prompt may have: what the context leaves beside a completion, or less where less is asked for."""
-    left = context_tokens(model) - max_new_tokens
+    left = context_tokens(config) - max_new_tokens
     return min(left, max_prompt_tokens) if max_prompt_tokens else left
 
 
@@ -145,7 +145,7 @@ def sample(
     """
     role = policy_role(model)
     generator = torch.Generator().manual_seed(seed)
-    limit = prompt_limit(model, max_new_tokens, max_prompt_tokens)
+    limit = prompt_limit(model.config, max_new_tokens, max_prompt_tokens)
     encoded = [encode_prompt(tokenizer, prompt, limit)[0] for prompt in prompts]
     done: list[Completion] = []
     for first in range(0, len(encoded), batch_size):

@@ -138,7 +138,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     context.storage.fetch_folder(inputs.snapshot_uri, snapshot)
     context.storage.fetch_folder(inputs.policy_uri, policy)
     model, tokenizer = load_policy(policy, config.precision)
-    limit = min(config.max_tokens or context_tokens(model), context_tokens(model))
+    limit = min(config.max_tokens or context_tokens(model.config), context_tokens(model.config))
     tokenizer.model_max_length = limit  # saved with the models: what they are asked later is cut as what they learned from
     train = encode_rankings(tokenizer, iterate_snapshot(snapshot, "train"), limit)
     test = encode_rankings(tokenizer, iterate_snapshot(snapshot, "test"), limit)

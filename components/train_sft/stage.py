@@ -118,7 +118,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     else:
         model, tokenizer = _from_scratch(config, train)
     parameters = sum(p.numel() for p in model.parameters())
-    encoded, left_out = encode(tokenizer, train, context_tokens(model))
+    encoded, left_out = encode(tokenizer, train, context_tokens(model.config))
     _log.info(
         "policy of %.2f M parameters; %d examples; one of them: %s", parameters / 1e6, len(encoded), show(tokenizer, encoded[0])
     )
@@ -129,7 +129,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     loss = train_loop(config, role, encoded, steps, tokenizer.pad_token_id, context) if steps else None
 
     # 4. Held-out loss, in nats per token.
-    held_out, _ = encode(tokenizer, test[: config.test_examples], context_tokens(model), required=False)
+    held_out, _ = encode(tokenizer, test[: config.test_examples], context_tokens(model.config), required=False)
     test_loss = mean_nll(role, held_out, tokenizer.pad_token_id, config.micro_batch_tokens) if held_out else None
 
     # 5. Publish.

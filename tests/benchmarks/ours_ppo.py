@@ -7,18 +7,23 @@ judge have random heads: what they say changes no time.
 from __future__ import annotations
 
 import json
-import resource
+import multiprocessing
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
+from components.ppo_finetune.memory import plan
 from components.ppo_finetune.roles import load_roles
-from components.ppo_finetune.stage import Config, Progress
-from components.ppo_finetune.update import Stopwatch, look_at, optimise, roll_out
+from components.ppo_finetune.stage import Config, Progress, one_update
+from components.rlhf.memory import GIB, peak_bytes, table
 from components.rlhf.models import add_adapter, load_policy, new_scorer, save_adapter, save_model
 from tests.benchmarks.work import arguments, prompts_of
+
+SCORERS = ("reward", "judge")
 
 
 def scorer_folder(policy: Path, folder: Path, rank: int, seed: int) -> Path:
@@ -31,6 +36,12 @@ def scorer_folder(policy: Path, folder: Path, rank: int, seed: int) -> Path:
         add_adapter(model, "reward", rank, 2 * rank, seed)
         save_adapter(model, "reward", folder / "adapter", rank, 2 * rank)
     return folder
+
+
+def make_folders(policy: Path, folder: Path, rank: int) -> None:
+    save_model(*load_policy(policy), folder / "sft")  # gives it a pad token of its own
+    for seed, name in enumerate(SCORERS):
+        scorer_folder(folder / "sft", folder / name, rank, seed)
 
 
 def main() -> None:
@@ -54,34 +65,30 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_model(*load_policy(a.model), folder / "sft")  # gives it a pad token of its own
-        reward, judge = (
-            scorer_folder(folder / "sft", folder / each, a.lora_rank, seed) for seed, each in enumerate(("reward", "judge"))
-        )
-        roles = load_roles(
-            folder / "sft", reward, judge, precision=a.precision, lora_rank=a.lora_rank, lora_alpha=config.lora_alpha, seed=0
-        )
+        # In a process of its own: what it takes is not the training's.
+        maker = multiprocessing.get_context("spawn").Process(target=make_folders, args=(a.model, folder, a.lora_rank))
+        maker.start()
+        maker.join()
+        sft, scorers = folder / "sft", [folder / each for each in SCORERS]
+        tokenizer = AutoTokenizer.from_pretrained(sft)
+        prompts = prompts_of(a.prompts, tokenizer, a.prompt_tokens)
+        shares = plan(config, sft, scorers, [len(prompt) for prompt in prompts])
+        print(table(shares), file=sys.stderr)
+        roles = load_roles(sft, *scorers, precision=a.precision, lora_rank=a.lora_rank, lora_alpha=config.lora_alpha, seed=0)
     progress = Progress(config, roles)
-    prompts = prompts_of(a.prompts, roles.tokenizer, a.prompt_tokens)
-    rows = []
     for update in range(a.updates):
-        batch = [prompts[(update * a.batch + i) % len(prompts)] for i in range(a.batch)]
-        watch = Stopwatch()
-        completions = roll_out(config, roles, batch, progress.sampling)
-        watch.lap("rollout")
-        experience = look_at(config, roles, completions)
-        watch.lap("score")
-        optimise(config, roles, progress.optimisers, experience, 0.05, progress.order, critic_only=False)
-        watch.lap("optimise")
-        rows.append({**watch.seconds, "seconds": sum(watch.seconds.values()), "tokens": int(experience.batch.attention_BT.sum())})
-    counted = rows[1:] or rows
+        one_update(config, progress, [prompts[(update * a.batch + i) % len(prompts)] for i in range(a.batch)], last=False)
+    counted = progress.history[1:] or progress.history
+    keys = ("rollout_seconds", "score_seconds", "optimise_seconds", "tokens_per_second", "completion_tokens")
+    seconds = [sum(row[key] for key in keys[:3]) for row in counted]
     print(
         json.dumps(
             {
-                "seconds": [round(row["seconds"], 2) for row in counted],
-                "samples_per_second": round(a.batch / statistics.median(row["seconds"] for row in counted), 3),
-                **{key: round(statistics.median(row[key] for row in counted), 2) for key in rows[0]},
-                "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+                "seconds": [round(each, 2) for each in seconds],
+                "samples_per_second": round(a.batch / statistics.median(seconds), 3),
+                **{key: round(statistics.median(row[key] for row in counted), 2) for key in keys},
+                "planned_gib": round(sum(share.bytes for share in shares) / GIB, 2),
+                "peak_gib": round(peak_bytes() / GIB, 2),
             }
         )
     )

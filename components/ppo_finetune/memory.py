@@ -1,0 +1,77 @@
+"""What PPO will take of the memory, role by role, before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from components.rlhf.memory import (
+    TRAINED_BYTES,
+    Share,
+    cache_bytes,
+    held_bytes,
+    saved_bytes,
+    shape_only,
+    shape_role,
+    weights_bytes,
+)
+from components.rlhf.models import adapter_bytes
+from components.rlhf.rollout import LOGIT_BYTES
+
+FLOAT_BYTES = 4  # trained weights are float32
+
+
+class Knobs(Protocol):
+    """What the plan needs of the stage's configuration."""
+
+    batch_prompts: int
+    samples_per_prompt: int
+    max_new_tokens: int
+    micro_batch_tokens: int
+    lora_rank: int
+    precision: Literal["float32", "bfloat16"]
+
+
+def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequence[int]) -> list[Share]:
+    """The shares of every role, and of the phase of an update that takes most.
+
+    Args:
+        sft: folder of the policy.
+        scorers: folders of the reward model and of the judge; the value model is as the first of them.
+        prompt_tokens: lengths of the prompts.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(sft)
+    model = shape_only(config, knobs.precision)
+    base = weights_bytes(model)
+    role = shape_role(model, knobs.lora_rank)
+    trained = sum(parameter.numel() for parameter in role.trainable) * FLOAT_BYTES
+    shares = [Share("process", "held before the models are loaded", held_bytes())]
+    if knobs.lora_rank:
+        scorer = [adapter_bytes(folder) for folder in scorers]
+        value = scorer[0]
+        shares += [Share("reference", f"the base that all share, {knobs.precision}", base), Share("policy", "adapter", trained)]
+    else:
+        head = model.get_output_embeddings().weight
+        value = base - (0 if config.tie_word_embeddings else head.numel() * head.element_size())
+        scorer = [value] * len(scorers)
+        shares += [Share("reference", "weights", base), Share("policy", "weights", trained)]
+    shares += [
+        Share("policy", "AdamW's moments", trained * (TRAINED_BYTES - FLOAT_BYTES) // FLOAT_BYTES),
+        Share("policy", "copy of the best so far", trained),
+        Share("value", "adapter" if knobs.lora_rank else "weights", value),
+        Share("value", "AdamW's moments", value * (TRAINED_BYTES - FLOAT_BYTES) // FLOAT_BYTES),
+        Share("reward", "adapter" if knobs.lora_rank else "weights", scorer[0]),
+        Share("judge", "adapter" if knobs.lora_rank else "weights", scorer[1]),
+    ]
+    tokens = max(prompt_tokens) + knobs.max_new_tokens
+    samples = knobs.batch_prompts * knobs.samples_per_prompt
+    rows = min(samples, max(1, knobs.micro_batch_tokens // tokens))
+    saved = saved_bytes(role, rows, tokens)
+    backward = saved + saved // config.num_hidden_layers + 3 * LOGIT_BYTES + max(trained, value)  # one gradient at a time
+    sampling = cache_bytes(config, knobs.precision, samples, tokens) * (config.num_hidden_layers + 1) // config.num_hidden_layers
+    sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64
+    phases = Share("update", "gradient and activations", backward), Share("update", "cache of the rollout", sampling)
+    return [*shares, max(phases, key=lambda share: share.bytes)]
