@@ -27,7 +27,7 @@ Home = Annotated[
 
 @app.command()
 def run(
-    profile: Annotated[str, typer.Option(help="Profile: a name (tiny, smollm2) or a YAML file.")] = "tiny",
+    profile: Annotated[str, typer.Option(help="Profile: a name (tiny, smollm2, llm-1b, llm-8b) or a YAML file.")] = "tiny",
     rankings: Annotated[
         str, typer.Option(help="File, folder, s3://bucket/prefix or hf://name. Default: the profile's simulated rankings.")
     ] = "",

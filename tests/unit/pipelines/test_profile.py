@@ -68,7 +68,7 @@ def test_a_wrong_assignment_is_named_with_its_remedy(assignment: str, expected: 
 
 
 def test_an_unknown_profile_names_those_that_there_are() -> None:
-    with pytest.raises(DoNotRetry, match=r"unknown profile 'tinny'; did you mean 'tiny'\? Known: smollm2, tiny"):
+    with pytest.raises(DoNotRetry, match=r"unknown profile 'tinny'; did you mean 'tiny'\? Known: llm-1b, llm-8b, smollm2, tiny"):
         load("tinny")
 
 
