@@ -204,12 +204,13 @@ class ChosenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs_N = torch.empty(len(hidden_ND), device=hidden_ND.device)
         normaliser_N, entropy_N = torch.empty_like(logprobs_N), torch.zeros_like(logprobs_N)
+        buffer = _buffer(hidden_ND, weight_VD)
         for rows in _chunks(hidden_ND, weight_VD):
-            logits_CV = _scaled_logits(hidden_ND[rows], weight_VD, bias_V, temperature, pad_id)
+            logits_CV = _scaled_logits(hidden_ND[rows], weight_VD, bias_V, temperature, pad_id, buffer)
             highest_C1 = logits_CV.amax(-1, keepdim=True)
             logits_CV.sub_(highest_C1)
             logprobs_N[rows] = logits_CV.gather(1, targets_N[rows, None]).squeeze(1)
-            weights_CV = logits_CV.exp()
+            weights_CV = logits_CV.exp() if with_entropy else logits_CV.exp_()
             total_C = weights_CV.sum(-1)
             logprobs_N[rows] -= total_C.log()
             normaliser_N[rows] = highest_C1.squeeze(1) + total_C.log()
@@ -229,8 +230,9 @@ class ChosenLogprobs(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden_ND) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight_VD) if needs_weight else None
         bias_gradient = torch.zeros_like(bias_V) if needs_bias else None
+        buffer = _buffer(hidden_ND, weight_VD)
         for rows in _chunks(hidden_ND, weight_VD):
-            logits_CV = _scaled_logits(hidden_ND[rows], weight_VD, bias_V, temperature, pad_id)
+            logits_CV = _scaled_logits(hidden_ND[rows], weight_VD, bias_V, temperature, pad_id, buffer)
             logits_CV.sub_(normaliser_N[rows, None]).exp_().mul_(-gradient_N[rows, None])
             logits_CV.scatter_add_(1, targets_N[rows, None], gradient_N[rows, None])
             logits_gradient_CV = logits_CV.to(hidden_ND.dtype)
@@ -243,13 +245,29 @@ class ChosenLogprobs(torch.autograd.Function):
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 
+def _chunk_rows(weight_VD: Tensor) -> int:
+    return max(1, LOGIT_BYTES // (4 * len(weight_VD)))
+
+
 def _chunks(hidden_ND: Tensor, weight_VD: Tensor) -> list[slice]:
-    size = max(1, LOGIT_BYTES // (4 * len(weight_VD)))
+    size = _chunk_rows(weight_VD)
     return [slice(first, first + size) for first in range(0, len(hidden_ND), size)]
 
 
-def _scaled_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, pad_id: int) -> Tensor:
-    logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V).float()
+def _buffer(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """Room for the logits of one chunk [C, V], used by all of them: new memory costs a page fault for every 4 KiB."""
+    return torch.empty((min(len(hidden_ND), _chunk_rows(weight_VD)), len(weight_VD)), device=hidden_ND.device)
+
+
+def _scaled_logits(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, pad_id: int, buffer_CV: Tensor | None = None
+) -> Tensor:
+    """Logits [N, V] in float32, divided by the temperature, in the buffer if there is one; the pad token has no probability."""
+    if buffer_CV is not None and bias_V is None and weight_VD.dtype == torch.float32:
+        logits_NV = torch.mm(hidden_ND, weight_VD.T, out=buffer_CV[: len(hidden_ND)])
+    else:
+        plain_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
+        logits_NV = plain_NV.float() if buffer_CV is None else buffer_CV[: len(hidden_ND)].copy_(plain_NV)
     if temperature != 1:
         logits_NV /= temperature
     logits_NV[:, pad_id] = NEVER
