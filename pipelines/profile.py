@@ -79,9 +79,7 @@ def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None,
     simulated = described.get("simulated")
     if simulated is not None:
         simulated = parse_settings(Simulated, simulated | ({} if seed is None else {"seed": seed}), "simulated")
-    return Profile(
-        name=profile, description=described.get("description", ""), method=method, simulated=simulated, stages=stages
-    )
+    return Profile(name=profile, description=described.get("description", ""), method=method, simulated=simulated, stages=stages)
 
 
 def _read(profile: str) -> dict[str, Any]:
@@ -92,7 +90,9 @@ def _read(profile: str) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DoNotRetry(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(v, dict) for k, v in values.items() if k not in ("description", "method")):
+    if not isinstance(values, dict) or not all(
+        isinstance(v, dict) for k, v in values.items() if k not in ("description", "method")
+    ):
         raise DoNotRetry(f"{path} is not a profile", "it maps each stage to its settings; see pipelines/profiles/tiny.yaml")
     return values
 

@@ -55,9 +55,9 @@ def plackett_luce_loss(rewards_N: Tensor, ranks: Sequence[Sequence[int]], weight
     Rafailov 2023, appendix A.3, divided by K - 1, so that a ranking counts the same whatever its K, as with pairs.
 
     A tie says nothing about the order of the tied, so each of them is chosen among itself and what is ranked below the tie, never
-    against another of the tie: that is the model's own probability of such a choice (Luce 1959). The likelihood of the whole, summed
-    over all orders of the tied, would need m! terms. What is ranked last gives nothing, tied or not. K - 1 stays the divisor, so a
-    ranking with ties at its end weighs less, as with pairs.
+    against another of the tie: that is the model's own probability of such a choice (Luce 1959). The likelihood of the whole,
+    summed over all orders of m tied ones, would need m! terms. What is ranked last gives nothing, tied or not. K - 1 stays the
+    divisor, so a ranking with ties at its end weighs less, as with pairs.
     """
     parts: list[Tensor] = []
     total = 0.0

@@ -3,16 +3,18 @@
     python -m tests.benchmarks.methods --home FOLDER --seeds 0 1 2 3 4
 
 For each seed the stages of the profile `tiny` make rankings, SFT policy, reward model and judge. PPO and DPO are then run once for
-each of a few settings that let them go more or less far from SFT; best-of-n draws n answers of SFT and takes the one that the reward
-model scores highest. All answer the same held-out prompts. KL is in nats per answer, of best-of-n by its formula log n - (n-1)/n
-(Stiennon 2020, appendix G). Between the settings, truth is interpolated linearly in the square root of KL (Gao 2022), from SFT at 0,
-never beyond the farthest setting. A run that was stopped goes on: FOLDER keeps every artifact, and a line for each result.
+each of a few settings that let them go more or less far from SFT; best-of-n draws n answers of SFT and takes the one that the
+reward model scores highest. All answer the same held-out prompts. KL is in nats per answer, of best-of-n by its formula
+log n - (n-1)/n (Stiennon 2020, appendix G). Between the settings, truth is interpolated linearly in the square root of KL (Gao
+2022), from SFT at 0, never beyond the farthest setting. A run that was stopped goes on: FOLDER keeps every artifact, and a line for
+each result.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import statistics
@@ -165,7 +167,7 @@ def at_equal_kl(rows: Iterable[Row], kl: float, start: float) -> float | None:
     """Truth of one method and seed at a KL, between its settings and SFT (truth `start` at 0); None beyond the farthest."""
     points = sorted([(0.0, start), *((math.sqrt(max(0.0, row["kl"])), row["truth"]) for row in rows)])
     x = math.sqrt(kl)
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return None
@@ -180,7 +182,10 @@ def spread(values: Sequence[float]) -> str:
 def tables(rows: Sequence[Row], seeds: Sequence[int]) -> str:
     """Markdown: truth at equal KL, and what each setting reached. Means over seeds with their standard errors."""
     start = {row["seed"]: row["truth"] for row in rows if row["method"] == "best-of-n" and row["setting"] == {"n": 1}}
-    lines = [f"Truth at equal KL, {len(seeds)} seeds (SFT: {spread([start[s] for s in seeds])}); – where a seed did not go so far", ""]
+    lines = [
+        f"Truth at equal KL, {len(seeds)} seeds (SFT: {spread([start[s] for s in seeds])}); – where a seed did not go so far",
+        "",
+    ]
     lines += ["| KL, nats | " + " | ".join(SETTINGS) + " |", "|---|" + "---|" * len(SETTINGS)]
     for kl in GRID:
         cells = []
