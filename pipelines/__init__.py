@@ -7,6 +7,14 @@ STAGES = (
     "train_sft",
     "train_reward_model",
     "ppo_finetune",
+    "dpo_finetune",
     "evaluate",
     "register_model",
 )
+# What fine-tunes the policy; of several candidates the evaluation chooses one.
+METHODS = {"ppo": ("ppo_finetune",), "dpo": ("dpo_finetune",), "both": ("ppo_finetune", "dpo_finetune")}
+
+
+def stages_of(method: str) -> tuple[str, ...]:
+    """The stages that a run with this method has, in the order of the graph."""
+    return tuple(stage for stage in STAGES if stage not in METHODS["both"] or stage in METHODS[method])

@@ -14,7 +14,7 @@ from rich.console import Console
 from components.services.exits import EXIT_INTERRUPTED, StageFailure
 
 app = typer.Typer(
-    help="Human rankings → reward model → PPO → a gated, registered policy, as a Kubeflow pipeline or on this machine.",
+    help="Human rankings → reward model → PPO or DPO → a gated, registered policy, as a Kubeflow pipeline or on this machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -36,6 +36,12 @@ def run(
         list[str] | None,
         typer.Option("--set", help="A stage's setting, as stage.key=value; repeatable.", metavar="STAGE.KEY=VALUE"),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="What fine-tunes the policy: ppo, dpo, or both, of which the evaluation chooses. Default: the profile's."
+        ),
+    ] = "",
     seed: Annotated[int | None, typer.Option(help="Seed of every stage and of the simulation.")] = None,
     home: Home = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run every task again instead of taking KFP's cached results.")] = False,
@@ -49,7 +55,7 @@ def run(
     from pipelines import profile as profile_file
     from pipelines.local_services import default_home
 
-    resolved = profile_file.load(profile, assignments or (), seed)
+    resolved = profile_file.load(profile, assignments or (), seed, method)
     code = laptop.run(resolved, _absolute(rankings), _absolute(demonstrations), home or default_home(), fresh, _console())
     raise typer.Exit(code)
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from components.services.exits import DoNotRetry, StageFailure
 from components.services.storage import MARKER, Storage, join
 from components.services.tracking import PARENT_VARIABLE, client, experiment_id, mlflow_errors
+from pipelines import METHODS
 from pipelines.display import Display, estimate, table
 from pipelines.local_services import LocalServices, environment_of
 from pipelines.profile import Profile
@@ -48,6 +49,7 @@ def run(profile: Profile, rankings: str, demonstrations: str, home: Path, fresh:
         name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + parent[:6]
         arguments: dict[str, Any] = {
             "rankings": rankings,
+            "method": profile.method,
             "rankings_fingerprint": fingerprint,
             "demonstrations": demonstrations,
             "sft_fingerprint": sft_fingerprint,
@@ -91,6 +93,7 @@ def open_parent(profile: Profile, rankings: str) -> str:
     with mlflow_errors():
         mlflow = client()
         tags = {"mlflow.runName": f"rlhf-{profile.name}", "rankloop.profile": profile.name, "rankloop.rankings": rankings}
+        tags["rankloop.method"] = profile.method
         run_id: str = mlflow.create_run(experiment_id(mlflow), tags=tags).info.run_id
         mlflow.log_dict(run_id, profile.model_dump(mode="json"), "profile.json")
     return run_id
@@ -132,6 +135,7 @@ def show_result(console: Console, storage: Storage, services: LocalServices, res
     measures = evaluation["measures"]
     version, alias = registered["outputs"]["version"], registered["outputs"]["alias"]
     rows = [
+        ("method", made_by(storage, evaluation)),
         ("rankings", "{read} read, {accepted} kept, {duplicates} duplicates, {quarantined} quarantined".format(**ingest)),
         ("reward model", f"{estimate(reward['accuracy'])} of held-out pairs (judge {estimate(judge['accuracy'])})"),
         ("win rate over SFT", estimate(measures.get("win_rate_over_sft")) + " by the judge"),
@@ -156,6 +160,22 @@ def show_result(console: Console, storage: Storage, services: LocalServices, res
     ]
     console.print()
     console.print(table("Result", rows), highlight=False)
+
+
+def made_by(storage: Storage, evaluation: Mapping[str, Any]) -> str:
+    """What fine-tuned the registered policy; of two, also why it was chosen."""
+    names = {stage: method for method, stages in METHODS.items() if len(stages) == 1 for stage in stages}
+    marker = storage.get_json(join(evaluation["candidate_uri"], MARKER))
+    if not evaluation["choice"]:
+        return names[marker["stage"]]
+    chosen, other = evaluation["choice"]["candidates"]
+    broken = (
+        f"; {names[other['stage']]} breaks {', '.join(other['broken'])}" if len(other["broken"]) > len(chosen["broken"]) else ""
+    )
+    return (
+        f"{names[chosen['stage']]}: judge score {estimate(chosen['judge_score'])}, and {estimate(other['judge_score'])} of "
+        f"{names[other['stage']]}, on {evaluation['choice']['prompts']} other prompts{broken}"
+    )
 
 
 def services_name(registered: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from components.services.exits import DoNotRetry
 from components.services.launch import Settings, from_text, parse_settings
-from pipelines import STAGES
+from pipelines import METHODS, STAGES
 
 FOLDER = Path(__file__).parent / "profiles"
 
@@ -32,12 +32,14 @@ class Profile(Settings):
 
     Fields:
         name, description: which, and for what.
+        method: what fine-tunes the policy: "ppo", "dpo" or "both".
         simulated: what to simulate, or None if rankings must be given.
         stages: the complete settings of each stage, defaults included.
     """
 
     name: str
     description: str = ""
+    method: str = "ppo"
     simulated: Simulated | None = None
     stages: dict[str, dict[str, Any]]
 
@@ -46,19 +48,23 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None) -> Profile:
+def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None, method: str = "") -> Profile:
     """The profile with `stage.key=value` assignments on top, every value checked against its stage's `Config`.
 
     Args:
         profile: a name of ours, or a path to a YAML file.
         assignments: as given with `--set`.
         seed: for every stage that has one, and for the simulation; None leaves the profile's.
+        method: what fine-tunes the policy; "" leaves the profile's.
 
     Raises:
-        DoNotRetry: unknown profile, stage or key, or a wrong value; it names the nearest known name.
+        DoNotRetry: unknown profile, method, stage or key, or a wrong value; it names the nearest known name.
     """
     values = _read(profile)
-    described = {key: values.pop(key) for key in ("description", "simulated") if key in values}
+    described = {key: values.pop(key) for key in ("description", "method", "simulated") if key in values}
+    method = method or str(described.get("method", "ppo"))
+    if method not in METHODS:
+        raise DoNotRetry(_unknown("method", method, METHODS))
     for assignment in assignments:
         _assign(assignment, values, described)
     stages = {}
@@ -73,7 +79,7 @@ def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None)
     simulated = described.get("simulated")
     if simulated is not None:
         simulated = parse_settings(Simulated, simulated | ({} if seed is None else {"seed": seed}), "simulated")
-    return Profile(name=profile, description=described.get("description", ""), simulated=simulated, stages=stages)
+    return Profile(name=profile, description=described.get("description", ""), method=method, simulated=simulated, stages=stages)
 
 
 def _read(profile: str) -> dict[str, Any]:
@@ -84,7 +90,9 @@ def _read(profile: str) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DoNotRetry(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(v, dict) for k, v in values.items() if k != "description"):
+    if not isinstance(values, dict) or not all(
+        isinstance(v, dict) for k, v in values.items() if k not in ("description", "method")
+    ):
         raise DoNotRetry(f"{path} is not a profile", "it maps each stage to its settings; see pipelines/profiles/tiny.yaml")
     return values
 

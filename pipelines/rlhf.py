@@ -4,9 +4,12 @@ Each stage's settings travel as one parameter that is named like the stage and c
 parameters would be checked by nobody and read by nobody.
 """
 
+from typing import Any
+
 from kfp import dsl
 
 from components.close_run.component import close_run
+from components.dpo_finetune.component import dpo_finetune
 from components.evaluate.component import evaluate
 from components.ingest_rankings.component import ingest_rankings
 from components.ppo_finetune.component import ppo_finetune
@@ -17,9 +20,10 @@ from components.train_sft.component import train_sft
 from components.validate_data.component import validate_data
 
 
-@dsl.pipeline(name="rlhf", description="Human rankings to a promoted policy: SFT, reward model, PPO, evaluation, registry.")
+@dsl.pipeline(name="rlhf", description="Human rankings to a promoted policy: SFT, reward model, PPO or DPO, evaluation, registry.")
 def rlhf(
     rankings: str,
+    method: str = "ppo",
     rankings_fingerprint: str = "",
     demonstrations: str = "",
     sft_fingerprint: str = "",
@@ -28,6 +32,7 @@ def rlhf(
     train_sft_config: dict = {},  # noqa: B006
     train_reward_model_config: dict = {},  # noqa: B006
     ppo_finetune_config: dict = {},  # noqa: B006
+    dpo_finetune_config: dict = {},  # noqa: B006
     evaluate_config: dict = {},  # noqa: B006
     register_model_config: dict = {},  # noqa: B006
 ) -> None:
@@ -35,6 +40,7 @@ def rlhf(
 
     Args:
         rankings: file, folder, s3:// prefix or hf:// name of the rankings.
+        method: what fine-tunes the policy: "ppo", "dpo", or "both", of which the evaluation then chooses one.
         rankings_fingerprint: changes whenever their content does; KFP's cache key knows parameters, not contents.
         demonstrations: JSONL for SFT; empty: SFT learns from the rankings' completions.
         sft_fingerprint: changes whenever the content of the demonstrations or of a local base model does.
@@ -43,6 +49,11 @@ def rlhf(
     closing = close_run()
     closing.set_caching_options(False)
     with dsl.ExitHandler(closing):
+        # An unknown method would take the last branch below. `rankloop run` refuses it; this is for who submits the graph itself.
+        with dsl.If(method != "ppo", name="not-ppo"):
+            with dsl.If(method != "dpo", name="nor-dpo"):
+                with dsl.If(method != "both", name="nor-both"):
+                    stop_run(stage="", reason=f"unknown method {method}: ppo, dpo or both").set_caching_options(False)
         data = ingest_rankings(config=ingest_rankings_config, rankings=rankings, fingerprint=rankings_fingerprint)
         valid = validate_data(
             config=validate_data_config, snapshot_uri=data.outputs["snapshot_uri"], ingest_uri=data.outputs["ingest_uri"]
@@ -55,29 +66,52 @@ def rlhf(
             reward = train_reward_model(
                 config=train_reward_model_config, snapshot_uri=snapshot_uri, policy_uri=sft.outputs["policy_uri"]
             )
-            policy = ppo_finetune(
-                config=ppo_finetune_config,
-                snapshot_uri=snapshot_uri,
-                sft_uri=sft.outputs["policy_uri"],
-                reward_model_uri=reward.outputs["reward_model_uri"],
-                judge_model_uri=reward.outputs["judge_model_uri"],
-            )
-            verdict = evaluate(
-                config=evaluate_config,
-                snapshot_uri=snapshot_uri,
-                candidate_uri=policy.outputs["policy_uri"],
-                sft_uri=sft.outputs["policy_uri"],
-                reward_model_uri=reward.outputs["reward_model_uri"],
-                judge_model_uri=reward.outputs["judge_model_uri"],
-            )
-            verdict.set_caching_options(False)  # depends on who is champion
+            sft_uri, judge_model_uri = sft.outputs["policy_uri"], reward.outputs["judge_model_uri"]
+            reward_model_uri = reward.outputs["reward_model_uri"]
+
+            def ppo() -> Any:
+                return ppo_finetune(
+                    config=ppo_finetune_config,
+                    snapshot_uri=snapshot_uri,
+                    sft_uri=sft_uri,
+                    reward_model_uri=reward_model_uri,
+                    judge_model_uri=judge_model_uri,
+                ).outputs["policy_uri"]
+
+            def dpo() -> Any:
+                return dpo_finetune(
+                    config=dpo_finetune_config, snapshot_uri=snapshot_uri, sft_uri=sft_uri, judge_model_uri=judge_model_uri
+                ).outputs["policy_uri"]
+
+            def verdict_on(candidate_uri: Any, rival_uri: Any = "") -> Any:
+                task = evaluate(
+                    config=evaluate_config,
+                    snapshot_uri=snapshot_uri,
+                    candidate_uri=candidate_uri,
+                    rival_uri=rival_uri,
+                    sft_uri=sft_uri,
+                    reward_model_uri=reward_model_uri,
+                    judge_model_uri=judge_model_uri,
+                )
+                return task.set_caching_options(False).outputs  # depends on who is champion
+
+            with dsl.If(method == "ppo", name="method-ppo"):
+                after_ppo = verdict_on(ppo())
+            with dsl.Elif(method == "dpo", name="method-dpo"):
+                after_dpo = verdict_on(dpo())
+            with dsl.Else(name="method-both"):
+                after_both = verdict_on(ppo(), dpo())
+
+            def of_verdict(name: str) -> Any:
+                return dsl.OneOf(after_ppo[name], after_dpo[name], after_both[name])
+
             registered = {
                 "config": register_model_config,
-                "candidate_uri": policy.outputs["policy_uri"],
-                "reward_model_uri": reward.outputs["reward_model_uri"],
-                "evaluation_uri": verdict.outputs["evaluation_uri"],
+                "candidate_uri": of_verdict("candidate_uri"),
+                "reward_model_uri": reward_model_uri,
+                "evaluation_uri": of_verdict("evaluation_uri"),
             }
-            with dsl.If(verdict.outputs["gate"] == "pass", name="policy-pass"):
+            with dsl.If(of_verdict("gate") == "pass", name="policy-pass"):
                 register_model(**registered, gate="pass").set_caching_options(False).set_display_name("promote")
             with dsl.Else(name="policy-fail"):
                 register_model(**registered, gate="fail").set_caching_options(False).set_display_name("keep-as-challenger")

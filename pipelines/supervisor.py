@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from components.services.exits import EXIT_INTERRUPTED, EXIT_RETRY
 from components.services.launch import FAILURE_VARIABLE
 from components.services.progress import EVENTS_VARIABLE
-from pipelines import STAGES
+from pipelines import METHODS, stages_of
 from pipelines.watchdog import Watchdog
 
 GRACE_SECONDS = 20.0  # a stage saves its checkpoint when it is told to stop
@@ -67,6 +67,7 @@ class Supervisor:
         self.log = folder / "run.log"
         self._events_file, self._failure_file = folder / "events.jsonl", folder / "failure.json"
         self._request_file = folder / "request.json"
+        self._stages = stages_of(request["arguments"]["method"])
         self._request_file.write_text(json.dumps(request, indent=2), encoding="utf-8")
         self._environment = environment | {
             EVENTS_VARIABLE: str(self._events_file),
@@ -133,11 +134,15 @@ class Supervisor:
                 (self._view.ended if event["event"] == "end" else self._view.failed)(event)
 
     def _say_reused(self, stage: str) -> None:
-        """A stage that begins proves that those before it were reused, if they never began."""
+        """A stage that begins proves that those before it were reused, if they never began.
+
+        PPO and DPO do not wait for each other, so neither proves anything of the other.
+        """
         self._order.append(stage)
-        before = STAGES[: STAGES.index(stage)] if stage in STAGES else ()
+        before = self._stages[: self._stages.index(stage)] if stage in self._stages else ()
+        beside = METHODS["both"] if stage in METHODS["both"] else ()
         for each in before:
-            if each not in self._order and each not in self._reused:
+            if each not in self._order and each not in self._reused and each not in beside:
                 self._reused.append(each)
                 self._view.reused(each)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -151,6 +152,7 @@ def _load(
     context: Context, name: str, uri: str, role: str, precision: Precision
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = context.scratch / "models" / name
+    shutil.rmtree(folder, ignore_errors=True)  # two candidates have the same name in turn
     marker = context.storage.fetch_folder(uri, folder)
     if marker.get("role") != role:
         raise DoNotRetry(f"{uri} is a {marker.get('role')!r}, not a {role!r}", f"correct the input for the {name}")
@@ -211,7 +213,7 @@ def _true_scores(prompts: Sequence[list[Message]], texts: Sequence[str]) -> list
 
 
 def read_training(folder: Path) -> list[dict[str, Any]]:
-    """The updates that PPO recorded in the candidate's folder; empty for a policy that PPO did not make."""
+    """What was recorded of the candidate's training, PPO's updates or DPO's steps; empty where nothing was."""
     path = folder / "training.jsonl"
     if not path.exists():
         return []

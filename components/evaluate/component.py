@@ -12,12 +12,13 @@ def evaluate(
     config: dict,
     snapshot_uri: str,
     candidate_uri: str,
+    rival_uri: str,
     sft_uri: str,
     reward_model_uri: str,
     judge_model_uri: str,
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-) -> NamedTuple("Outputs", gate=str, evaluation_uri=str, champion_version=str):  # type: ignore[valid-type]
+) -> NamedTuple("Outputs", gate=str, evaluation_uri=str, champion_version=str, candidate_uri=str):  # type: ignore[valid-type]
     from components.services.launch import launch
 
     return launch(
@@ -26,6 +27,7 @@ def evaluate(
         {
             "snapshot_uri": snapshot_uri,
             "candidate_uri": candidate_uri,
+            "rival_uri": rival_uri,
             "sft_uri": sft_uri,
             "reward_model_uri": reward_model_uri,
             "judge_model_uri": judge_model_uri,

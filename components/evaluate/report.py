@@ -20,7 +20,7 @@ from components.rlhf.report_page import (
 
 SAMPLES_SHOWN = 400
 NAMES = {"candidate": "candidate", "sft": "SFT", "champion": "champion"}
-SCORERS = {"judge": "judge", "reward": "optimised reward model", "true": "true preference"}
+SCORERS = {"judge": "judge", "reward": "reward model", "true": "true preference"}
 
 
 def evaluation_page(
@@ -31,7 +31,7 @@ def evaluation_page(
     Args:
         evaluation: the content of evaluation.json.
         samples: the lines of samples.jsonl.
-        training: PPO's updates; empty if the candidate has no record of them.
+        training: PPO's updates or DPO's steps; empty if the candidate has no record of them.
     """
     banners = [_verdict(evaluation)]
     if evaluation["simulated"]:
@@ -42,7 +42,14 @@ def evaluation_page(
         "Evaluation of a policy",
         f"{len(samples)} held-out prompts, one answer each. Intervals are at 95 %. Candidate {evaluation['candidate_uri']}",
         banners,
-        [_gate(evaluation), _win_rates(evaluation), _policies(evaluation, samples), _training(training), _lineage(evaluation)],
+        [
+            _gate(evaluation),
+            *_choice(evaluation),
+            _win_rates(evaluation),
+            _policies(evaluation, samples),
+            _training(training),
+            _lineage(evaluation),
+        ],
         _samples(samples),
     )
 
@@ -64,6 +71,32 @@ def _gate(evaluation: Mapping[str, Any]) -> Section:
     )
 
 
+def _choice(evaluation: Mapping[str, Any]) -> list[Section]:
+    if not (choice := evaluation.get("choice")):
+        return []
+    rows: list[list[Cell]] = [
+        [
+            each["stage"],
+            interval_text(each["judge_score"]),
+            interval_text(each["kl_reference"]),
+            ", ".join(each["broken"]) or "none",
+        ]
+        for each in choice["candidates"]
+    ]
+    paragraph = (
+        f"The candidate is the first of these. Both answered {choice['prompts']} held-out prompts that are not asked again below, "
+        "since the better of two is better by luck, too. The one that breaks fewer bounds of the gate is chosen, then the one "
+        "whose answers the judge scores higher."
+    )
+    return [
+        Section(
+            "Choice between two candidates",
+            [paragraph],
+            [Table("", ["made by", "score by judge", "KL to SFT", "bounds of the gate broken"], rows)],
+        )
+    ]
+
+
 def _win_rates(evaluation: Mapping[str, Any]) -> Section:
     measures = evaluation["measures"]
     rows: list[list[Cell]] = []
@@ -80,8 +113,8 @@ def _win_rates(evaluation: Mapping[str, Any]) -> Section:
                 ]
     paragraphs = [
         "Share of prompts on which the candidate's answer scores higher; ties count one half. The judge is a reward model "
-        "that was trained on other rankings and that PPO never saw: it alone enters the gate. The optimised reward model is "
-        "what PPO climbed; where it is far above the judge, PPO exploits its errors.",
+        "that was trained on other rankings and is never optimised: it alone enters the gate. The reward model is what PPO climbs; "
+        "where it is far above the judge, PPO exploits its errors. DPO learns the same rankings without it.",
         "At equal length: from a logistic regression of the outcome on the difference of lengths.",
     ]
     if "true_win_rate_over_sft" in measures:
@@ -136,7 +169,18 @@ def _policies(evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
 
 def _training(training: Sequence[Mapping[str, Any]]) -> Section:
     if not training:
-        return Section("Training", ["The candidate's folder has no record of PPO updates (training.jsonl)."])
+        return Section("Training", ["The candidate's folder has no record of its training (training.jsonl)."])
+    if "kl_reference" not in training[0]:
+        return Section(
+            "Training with DPO",
+            [
+                "Implicit rewards are beta times the log-ratio of the policy to SFT. accuracy: share of a batch's pairs that they "
+                "order as the rater did; margin: by how much; first_log_ratio: log-ratio of what raters put first, in nats. It may "
+                "fall: the loss asks only that the others fall more. KL to SFT needs the policy's own answers: it stands above."
+            ],
+            (),
+            learning_curves(training),
+        )
     root = [_root(record.get("kl_reference")) for record in training]
     chosen = [record for record in training if record.get("chosen") is True]
     vertical = {"chosen update": float(chosen[-1]["update"])} if chosen and "update" in chosen[-1] else None

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from components.evaluate.answers import Sampling, choose_prompts, draw, read_training, score_all
 from components.evaluate.champion import find_champion
+from components.evaluate.choice import choose, divide
 from components.evaluate.measures import measure, sample_record
 from components.evaluate.report import evaluation_page
 from components.rlhf.gate import decide
@@ -75,6 +76,8 @@ class Inputs(Settings):
     """Snapshot of rankings; prompts of its test split are asked."""
     candidate_uri: str
     """Policy to judge."""
+    rival_uri: str = ""
+    """Second policy from the same SFT: the better of both is judged, chosen on other held-out prompts; empty: there is none."""
     sft_uri: str
     """Policy from which the candidate was trained: the reference of KL, and the first opponent."""
     reward_model_uri: str
@@ -87,10 +90,11 @@ class Outputs(NamedTuple):
     gate: str
     evaluation_uri: str
     champion_version: str
+    candidate_uri: str
 
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
-    """1. find the champion; 2. draw answers; 3. score them; 4. measure and decide; 5. publish; 6. log."""
+    """1. find the champion; 2. choose if there are two candidates, and draw answers; 3. score; 4. decide; 5. publish; 6. log."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if inputs.judge_model_uri == inputs.reward_model_uri:
@@ -109,19 +113,26 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         return _log_results(context, evaluation, uri, folder)
 
-    # 2. Answers of the candidate, of SFT, and of the champion if it is another policy.
+    # 2. The better of two candidates; then answers of the candidate, of SFT, and of the champion if it is another policy.
     snapshot = context.scratch / "snapshot"
     context.storage.fetch_folder(inputs.snapshot_uri, snapshot)
-    prompts, sources = choose_prompts(iterate_snapshot(snapshot, "test"), config.prompts, config.seed)
+    count = config.prompts * (2 if inputs.rival_uri else 1)
+    prompts, sources = choose_prompts(iterate_snapshot(snapshot, "test"), count, config.seed)
     if not prompts:
         raise DoNotRetry(f"{inputs.snapshot_uri} has no rankings in the test split", "raise ingest_rankings.test_fraction")
-    same = champion is not None and champion.uri.rstrip("/") == inputs.candidate_uri.rstrip("/")
-    policies = {"candidate": inputs.candidate_uri, "sft": inputs.sft_uri}
-    if champion and not same:
-        policies["champion"] = champion.uri
     sampling = Sampling(
         config.max_new_tokens, config.max_prompt_tokens, config.temperature, config.batch_size, config.seed, config.precision
     )
+    candidate_uri, rival_uri, choice = inputs.candidate_uri, inputs.rival_uri, None
+    if rival_uri:
+        prompts, others = divide(prompts)
+        thresholds = thresholds_of(config, compared=False)
+        choice = choose(context, (candidate_uri, rival_uri), inputs.sft_uri, inputs.judge_model_uri, others, sampling, thresholds)
+        candidate_uri, rival_uri = (each["uri"] for each in choice["candidates"])
+    same = champion is not None and champion.uri.rstrip("/") == candidate_uri.rstrip("/")
+    policies = {"candidate": candidate_uri, "sft": inputs.sft_uri}
+    if champion and not same:
+        policies["champion"] = champion.uri
     drawn = draw(context, policies, prompts, sampling)
     used = list(drawn.log_ratios)
     counts = {"asked": config.prompts, "answered": len(used), "too_long": len(prompts) - len(used), "cut": len(drawn.cut)}
@@ -141,6 +152,9 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     table, gate = decide(measures, thresholds)
     evaluation = {
         **inputs.model_dump(mode="json"),
+        "candidate_uri": candidate_uri,
+        "rival_uri": rival_uri,
+        "choice": choice,
         "champion_version": champion.version if champion else "",
         "champion_uri": champion.uri if champion else "",
         "same_as_champion": same,
@@ -205,4 +219,4 @@ def _log_results(context: Context, evaluation: Mapping[str, Any], uri: str, fold
     for row in evaluation["gate_table"]:
         if row["verdict"] == "fail":
             _log.warning("gate: %s", row["sentence"])
-    return Outputs(evaluation["gate"], uri, evaluation["champion_version"])
+    return Outputs(evaluation["gate"], uri, evaluation["champion_version"], evaluation["candidate_uri"])

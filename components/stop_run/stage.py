@@ -1,6 +1,6 @@
-"""Ends a run whose gate failed.
+"""Ends a run whose gate failed, or that was started with a wrong parameter.
 
-Goes in:  the stage whose gate failed, and its reason.
+Goes in:  the stage whose gate failed, if it is one, and the reason.
 Comes out: nothing; the task fails with the do-not-retry code, and so the run does.
 Alone:    python -m components.stop_run --stage validate_data --reason "…"
 """
@@ -19,7 +19,7 @@ class Config(Settings):
 
 class Inputs(Settings):
     stage: str
-    """Stage whose gate failed."""
+    """Stage whose gate failed; empty: a parameter of the run is wrong."""
     reason: str
     """Why, in one line."""
 
@@ -30,4 +30,6 @@ class Outputs(NamedTuple):
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     """Always fails."""
+    if not inputs.stage:
+        raise DoNotRetry(inputs.reason, "correct the run's parameters")
     raise DoNotRetry(f"the gate of {inputs.stage} failed: {inputs.reason}", "see that stage's report in MLflow")

@@ -36,13 +36,7 @@ from components.rlhf.models import (
     scorer_role,
 )
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
-from components.rlhf.records import iterate_snapshot
-from components.rlhf.reward import Centring, Ties, ranking_loss
-from components.rlhf.tokens import Encoded, show
-from components.services.checkpoints import Checkpoints
-from components.services.exits import DoNotRetry
-from components.services.launch import Context, Settings
-from components.train_reward_model.examples import (
+from components.rlhf.rankings import (
     EncodedRanking,
     encode_rankings,
     group_scores,
@@ -50,6 +44,12 @@ from components.train_reward_model.examples import (
     pack,
     split_for_judge,
 )
+from components.rlhf.records import iterate_snapshot
+from components.rlhf.reward import Centring, Ties, ranking_loss
+from components.rlhf.tokens import Encoded, show
+from components.services.checkpoints import Checkpoints
+from components.services.exits import DoNotRetry
+from components.services.launch import Context, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ import torch
 
 from components.rlhf.models import adapter_role, add_adapter, load_policy, new_scorer, scorer_role
 from components.rlhf.optimisation import Optimiser
+from components.rlhf.rankings import encode_rankings, join_where_it_pays
 from components.rlhf.records import Message, Ranking
-from components.train_reward_model.examples import encode_rankings, join_where_it_pays
 from components.train_reward_model.stage import Config, accumulate
 from tests.benchmarks.work import rankings_of, reward_arguments
 

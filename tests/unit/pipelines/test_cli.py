@@ -34,6 +34,7 @@ def test_compile_writes_the_graph(tmp_path: Path) -> None:
     [
         (("run", "--profile", "none"), 65, "unknown profile 'none'"),
         (("run", "--set", "nonsense"), 65, "write --set stage.key=value"),
+        (("run", "--method", "grpo"), 65, "unknown method 'grpo'"),
         (("run", "--seed", "one"), 2, "--seed"),
         (("rnu",), 2, "rnu"),
     ],

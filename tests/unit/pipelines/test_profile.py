@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from components.services.exits import DoNotRetry
-from pipelines import STAGES
+from pipelines import STAGES, stages_of
 from pipelines.profile import load, names
 
 
@@ -34,10 +34,31 @@ def test_the_seed_reaches_every_stage_that_has_one_and_the_simulation() -> None:
         "train_sft",
         "train_reward_model",
         "ppo_finetune",
+        "dpo_finetune",
         "evaluate",
     ]
     assert profile.simulated is not None
     assert profile.simulated.seed == 5
+
+
+def test_the_method_is_the_profiles_or_the_one_that_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: both", encoding="utf-8")
+    assert [load("tiny").method, load(str(path)).method, load(str(path), method="dpo").method] == ["ppo", "both", "dpo"]
+
+
+def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: ppo2", encoding="utf-8")
+    for load_it in (lambda: load("tiny", method="ppo2"), lambda: load(str(path))):
+        with pytest.raises(DoNotRetry, match=r"unknown method 'ppo2'; did you mean 'ppo'\? Known: ppo, dpo, both"):
+            load_it()
+
+
+def test_a_run_has_the_stages_of_its_method_only() -> None:
+    assert stages_of("both") == STAGES
+    assert set(STAGES) - set(stages_of("ppo")) == {"dpo_finetune"}
+    assert set(STAGES) - set(stages_of("dpo")) == {"ppo_finetune"}
 
 
 def test_the_simulation_can_be_set() -> None:

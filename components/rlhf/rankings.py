@@ -1,4 +1,4 @@
-"""Rankings as token ids, and which of the two reward models learns from which."""
+"""Rankings as token ids: who may learn from which, and batches of whole rankings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from components.rlhf.models import Role
-from components.rlhf.records import Ranking, prompt_key
+from components.rlhf.records import Message, Ranking, prompt_key
 from components.rlhf.reward import ranking_scores, sequence_scores, sharing_pays, sharing_works
 from components.rlhf.tokens import PromptTooLong, encode_completion, encode_prompt
 from components.services.exits import DoNotRetry
@@ -75,16 +75,20 @@ def encode_rankings(tokenizer: PreTrainedTokenizerBase, rankings: Iterable[Ranki
     return Encoding(result, left_out, cut_prompts)
 
 
+def teaches_judge(prompt: Sequence[Message], judge_fraction: float) -> bool:
+    """Whether a prompt's rankings belong to the judge: decided by the prompt's digest alone, whatever the snapshot."""
+    return int(prompt_key(prompt)[:8], 16) < judge_fraction * 2**32
+
+
 def split_for_judge(rankings: Sequence[EncodedRanking], judge_fraction: float) -> tuple[list[EncodedRanking], list[EncodedRanking]]:
     """Rankings for the reward model and for the judge, by prompt: no prompt teaches both.
 
     Raises:
         DoNotRetry: one side has none.
     """
-    bound = judge_fraction * 2**32
     sides: tuple[list[EncodedRanking], list[EncodedRanking]] = ([], [])
     for each in rankings:
-        sides[int(prompt_key(each.ranking.prompt)[:8], 16) < bound].append(each)
+        sides[teaches_judge(each.ranking.prompt, judge_fraction)].append(each)
     if not all(sides):
         raise DoNotRetry(
             f"{len(rankings)} rankings do not suffice for a reward model and a judge",

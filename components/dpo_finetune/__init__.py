@@ -1,0 +1,1 @@
+"""Stage: DPO, the policy learns the rankings themselves."""
