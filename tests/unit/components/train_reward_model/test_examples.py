@@ -17,7 +17,8 @@ from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.services.exits import DoNotRetry
 from components.simulated_world.generate import simulate_rankings
 from components.train_reward_model.examples import EncodedRanking, encode_rankings, pack, split_for_judge
-from components.train_reward_model.stage import Config, accumulate
+from components.train_reward_model.stage import Config
+from components.train_reward_model.training import accumulate
 
 
 def rankings(count: int) -> list[Ranking]:
