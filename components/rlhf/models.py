@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "bfloat16"]
 PAD_TOKEN = "<|pad|>"
 ADAPTER_FOLDER = "adapter"
+MEMBER_FOLDER = "member-{}"  # of an ensemble, inside the folder of its first member
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -115,6 +116,14 @@ def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[P
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = _load_whole(AutoModelForSequenceClassification, folder, precision)
     return _ready(model).requires_grad_(False), tokenizer
+
+
+def member_folders(folder: Path) -> list[Path]:
+    """The folders of a reward model's members: its own, and `member-1`, `member-2`, ... in it if it is an ensemble."""
+    found = [folder]
+    while (member := folder / MEMBER_FOLDER.format(len(found))).is_dir():
+        found.append(member)
+    return found
 
 
 def _load_whole(auto_class: Any, folder: Path | str, precision: Precision) -> PreTrainedModel:

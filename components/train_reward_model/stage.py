@@ -1,7 +1,8 @@
 """Trains the reward model that PPO optimises, and a judge on other rankings that PPO never sees.
 
 Goes in:  a snapshot of rankings, and the policy that SFT made.
-Comes out: two reward models as plain Hugging Face folders on S3, and a report of what each gets right on held-out rankings.
+Comes out: two reward models as plain Hugging Face folders on S3, and a report of what each gets right on held-out rankings. The
+           first may be an ensemble (Coste 2023).
 Alone:    python -m components.train_reward_model --snapshot-uri s3://… --policy-uri s3://…
 
 Both start from the policy with a new head and learn all C(K,2) pairs of a ranking in one batch element, for one epoch: more
@@ -26,7 +27,7 @@ from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
 from components.train_reward_model.examples import encode_rankings, split_for_judge
-from components.train_reward_model.training import train_one
+from components.train_reward_model.training import ensemble, train_one
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class Config(Settings):
     """Longest prompt and completion together; longer prompts are cut at the front; 0: the model's context."""
     max_rankings: int = Field(0, ge=0)
     """Learn from at most this many rankings (both models together); 0: all."""
+    ensemble_members: int = Field(1, ge=1)
+    """Reward models that PPO scores with, each with a seed of its own; the judge stays a single one."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_fraction: float = Field(0.05, ge=0, le=1)
@@ -65,7 +68,7 @@ class Config(Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights; bfloat16 only with an adapter, whose own weights stay float32."""
     seed: int = 0
-    """Seed of the head, the adapter and the order of the rankings; the judge's is one higher."""
+    """Seed of the head, the adapter and the order of the rankings; the judge's is one higher, further members' follow."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 leaves its default."""
     checkpoint_seconds: float = Field(60.0, ge=0)
@@ -116,11 +119,15 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     # 2. Train and measure.
     counts = {"left_out": train.left_out + test.left_out, "cut_prompts": train.cut_prompts + test.cut_prompts}
     trained = {}
-    for number, (name, side) in enumerate(zip(("reward", "judge"), sides, strict=True)):
+    members = [f"reward-{number}" for number in range(1, config.ensemble_members)]
+    for number, name in enumerate(("reward", "judge", *members)):
+        side = sides[name == "judge"]
         trained[name] = train_one(config, config.seed + number, name, policy, tokenizer, side, test.rankings, limit, context)
+    if members:
+        trained["reward"] = ensemble(trained["reward"], [trained.pop(name) for name in members], config.seed)
 
     # 3. Publish.
-    from components.rlhf.report_page import reward_model_page
+    from components.train_reward_model.page import reward_model_page
 
     page = context.scratch / "reward_model.html"
     reward = trained["reward"]
@@ -137,5 +144,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         role = "reward_model" if name == "reward" else "judge_model"
         parents = {"snapshot": inputs.snapshot_uri, "policy": inputs.policy_uri}
         context.storage.publish_folder(each.folder, uri, context.marker(role, **each.facts, **counts, parents=parents))
+    for name in ("reward", "judge", *members):
         Checkpoints(context, name, 0).clear()
     return outputs

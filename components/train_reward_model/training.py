@@ -1,4 +1,4 @@
-"""Trains one reward model, centres it, measures it on held-out rankings, and saves it as a plain folder."""
+"""Trains one reward model, centres it, measures it on held-out rankings, and saves it as a plain folder; or makes several one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from components.rlhf.accuracy_report import ScoredRanking, accuracy_report
+from components.rlhf.ensemble_report import aggregated, ensemble_report
 from components.rlhf.models import (
     ADAPTER_FOLDER,
+    MEMBER_FOLDER,
     Role,
     adapter_role,
     add_adapter,
@@ -40,9 +42,10 @@ _log = logging.getLogger(__name__)
 
 
 class Trained(NamedTuple):
-    """A trained reward model and what is known of it."""
+    """A trained reward model and what is known of it; `scored` are the test rankings with its scores, centred but not scaled."""
 
     folder: Path
+    scored: list[ScoredRanking]
     report: dict[str, Any]
     history: list[dict[str, float]]
     facts: dict[str, Any]
@@ -97,7 +100,27 @@ def train_one(
         "max_tokens": limit_tokens,
         "seed": seed,
     }
-    return Trained(folder, report, history, facts)
+    return Trained(folder, scored, report, history, facts)
+
+
+def ensemble(first: Trained, others: Sequence[Trained], seed: int) -> Trained:
+    """The members as one reward model: the others move into the first's folder, and the report is of their mean score.
+
+    The mean of scores in deviations is put back into the members' mean unit, so that calibration means what it does for one model.
+    """
+    members = [first, *others]
+    for number, each in enumerate(others, 1):
+        each.folder.rename(first.folder / MEMBER_FOLDER.format(number))
+    deviations = [each.facts["centring"]["deviation"] for each in members]
+    centred = [
+        [s._replace(scores=[score / deviation for score in s.scores]) for s in each.scored]
+        for each, deviation in zip(members, deviations, strict=True)
+    ]
+    unit = sum(deviations) / len(deviations)
+    mean = [s._replace(scores=[score * unit for score in s.scores]) for s in aggregated(centred, "mean")]
+    report = {**accuracy_report(mean, seed=seed), "ensemble": ensemble_report(centred, seed)}
+    facts = {**first.facts, "accuracy": report["overall"], "members": [each.facts for each in members]}
+    return Trained(first.folder, mean, report, first.history, facts)
 
 
 def save_scorer(
@@ -154,7 +177,7 @@ def train_loop(
             norm = optimiser.step()
             history.append({"step": step, "loss": loss, "accuracy": accuracy, "gradient_norm": norm, "learning_rate": rate})
             context.tracker.metrics({f"{name}_{k}": v for k, v in history[-1].items() if k != "step"}, step)
-            if stop.is_set() or (checkpoints.due() and step + 1 < steps):
+            if stop.is_set() or checkpoints.due():  # after the last step too: another training may follow, and be killed
                 checkpoints.save({"weights": weights_of(role.trainable), "optimiser": optimiser.state(), "history": history})
             if stop.is_set():
                 context.leave()
