@@ -219,7 +219,7 @@ def read_rankings(
     Raises:
         DoNotRetry: there is none of one kind.
     """
-    limit = min(config.max_tokens or context_tokens(model), context_tokens(model))
+    limit = min(config.max_tokens or context_tokens(model.config), context_tokens(model.config))
     ours = (r for r in iterate_snapshot(snapshot, "train") if not teaches_judge(r.prompt, fraction))
     train = encode_rankings(tokenizer, ours, limit)
     test = encode_rankings(tokenizer, iterate_snapshot(snapshot, "test"), limit)

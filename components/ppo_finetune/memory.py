@@ -38,7 +38,7 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
 
     Args:
         sft: folder of the policy.
-        scorers: folders of the reward model and of the judge; the value model is as the first of them.
+        scorers: folders of the reward model's members and, last, of the judge; the value model is as the first of them.
         prompt_tokens: lengths of the prompts.
     """
     from transformers import AutoConfig
@@ -63,8 +63,8 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
         Share("policy", "copy of the best so far", trained),
         Share("value", "adapter" if knobs.lora_rank else "weights", value),
         Share("value", "AdamW's moments", value * (TRAINED_BYTES - FLOAT_BYTES) // FLOAT_BYTES),
-        Share("reward", "adapter" if knobs.lora_rank else "weights", scorer[0]),
-        Share("judge", "adapter" if knobs.lora_rank else "weights", scorer[1]),
+        Share("reward", "adapter" if knobs.lora_rank else "weights", sum(scorer[:-1])),
+        Share("judge", "adapter" if knobs.lora_rank else "weights", scorer[-1]),
     ]
     tokens = max(prompt_tokens) + knobs.max_new_tokens
     samples = knobs.batch_prompts * knobs.samples_per_prompt

@@ -1,7 +1,11 @@
-"""The five roles of PPO: policy, reference, value, reward model and judge, on one shared base or each on its own."""
+"""The five roles of PPO: policy, reference, value, reward model and judge, on one shared base or each on its own.
+
+The reward model may be an ensemble: then it is several roles of one kind.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +22,7 @@ from components.rlhf.models import (
     load_head,
     load_policy,
     load_scorer,
+    member_folders,
     merge_adapter_into,
     policy_role,
     save_model,
@@ -32,25 +37,41 @@ if TYPE_CHECKING:
 POLICY, VALUE, REWARD, JUDGE = "policy", "value", "reward", "judge"
 
 
+class Member(NamedTuple):
+    """One reward model of an ensemble; `centring` turns its raw scores into those that are optimised, logged and compared."""
+
+    role: Role
+    centring: Centring
+
+
 class Roles(NamedTuple):
     """Who takes part. Only policy and value are trained; all are in eval mode (no dropout).
 
     Fields:
+        members: of the reward model; one, unless it is an ensemble.
+        judge_centring: turns the judge's raw scores into those that are logged and compared.
         model: the causal model that carries the policy.
-        reward_centring, judge_centring: turn raw scores into those that are optimised, logged and compared.
         lora: whether the roles are adapters on one base.
     """
 
     policy: Role
     reference: Role
     value: Role
-    reward: Role
+    members: tuple[Member, ...]
     judge: Role
-    reward_centring: Centring
     judge_centring: Centring
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     lora: bool
+
+    @property
+    def reward(self) -> Role:
+        """The reward model's first member, from which the value model starts."""
+        return self.members[0].role
+
+    @property
+    def reward_centring(self) -> Centring:
+        return self.members[0].centring
 
 
 def load_roles(sft: Path, reward: Path, judge: Path, *, precision: Precision, lora_rank: int, lora_alpha: int, seed: int) -> Roles:
@@ -60,22 +81,19 @@ def load_roles(sft: Path, reward: Path, judge: Path, *, precision: Precision, lo
         DoNotRetry: adapters are asked for, and a reward model has none for this base.
     """
     model, tokenizer = load_policy(sft, precision)
-    (reward_head, reward_config), (judge_head, judge_config) = load_head(reward), load_head(judge)
-    reward_centring, judge_centring = Centring.of(reward_config), Centring.of(judge_config)
-    value_head = value_head_of(reward_head, reward_centring)
+    folders = [*member_folders(reward), judge]
+    heads, configs = zip(*(load_head(folder) for folder in folders), strict=True)
+    centrings = [Centring.of(each) for each in configs]
+    value_head = value_head_of(heads[0], centrings[0])
     if lora_rank:
-        roles = _adapters(model, (reward_head, judge_head), value_head, reward, judge, lora_rank, lora_alpha, seed)
+        policy, reference, value, *scorers = _adapters(model, heads, value_head, folders, lora_rank, lora_alpha, seed)
     else:
         value_model, _ = load_scorer(reward)
         value_model.score = value_head
-        roles = (
-            policy_role(model, trainable=True),
-            policy_role(load_policy(sft, precision)[0]),
-            scorer_role(value_model, trainable=True),
-            scorer_role(load_scorer(reward)[0]),
-            scorer_role(load_scorer(judge)[0]),
-        )
-    return Roles(*roles, reward_centring, judge_centring, model, tokenizer, bool(lora_rank))
+        policy, reference = policy_role(model, trainable=True), policy_role(load_policy(sft, precision)[0])
+        value, scorers = scorer_role(value_model, trainable=True), [scorer_role(load_scorer(folder)[0]) for folder in folders]
+    *members, judge_member = map(Member, scorers, centrings)
+    return Roles(policy, reference, value, tuple(members), *judge_member, model, tokenizer, bool(lora_rank))
 
 
 def value_head_of(score: nn.Linear, centring: Centring) -> nn.Linear:
@@ -88,15 +106,15 @@ def value_head_of(score: nn.Linear, centring: Centring) -> nn.Linear:
 
 def _adapters(
     model: PreTrainedModel,
-    heads: tuple[nn.Linear, nn.Linear],
+    heads: Sequence[nn.Linear],
     value_head: nn.Linear,
-    reward: Path,
-    judge: Path,
+    folders: Sequence[Path],
     lora_rank: int,
     lora_alpha: int,
     seed: int,
-) -> tuple[Role, Role, Role, Role, Role]:
-    for folder in (reward, judge):
+) -> list[Role]:
+    """Policy, reference, value, and the reward model's members and the judge, whose heads and folders are given in this order."""
+    for folder in folders:
         if not (folder / ADAPTER_FOLDER).is_dir():
             raise DoNotRetry(
                 "ppo_finetune.lora_rank is set, but the reward model was trained in full and cannot share the policy's base",
@@ -104,19 +122,21 @@ def _adapters(
             )
     model.requires_grad_(False)
     add_adapter(model, POLICY, lora_rank, lora_alpha, seed)
-    rank, alpha = load_adapter(model, REWARD, reward / ADAPTER_FOLDER)
-    load_adapter(model, JUDGE, judge / ADAPTER_FOLDER)
-    add_adapter(model, VALUE, rank, alpha, seed)
+    names = [REWARD, *(f"{REWARD}-{number}" for number in range(1, len(folders) - 1)), JUDGE]
+    shapes = [load_adapter(model, name, folder / ADAPTER_FOLDER) for name, folder in zip(names, folders, strict=True)]
+    add_adapter(model, VALUE, *shapes[0], seed)
     copy_adapter(model, REWARD, VALUE)
     model.eval()
     language_head = model.get_output_embeddings()
-    return (
+    return [
         adapter_role(model, POLICY, language_head, trainable=True, head_trainable=False),
         adapter_role(model, "", language_head, trainable=False, head_trainable=False),
         adapter_role(model, VALUE, value_head, trainable=True, head_trainable=True),
-        adapter_role(model, REWARD, heads[0].requires_grad_(False), trainable=False, head_trainable=False),
-        adapter_role(model, JUDGE, heads[1].requires_grad_(False), trainable=False, head_trainable=False),
-    )
+        *(
+            adapter_role(model, name, head.requires_grad_(False), trainable=False, head_trainable=False)
+            for name, head in zip(names, heads, strict=True)
+        ),
+    ]
 
 
 def save_policy(roles: Roles, sft: Path, folder: Path) -> None:

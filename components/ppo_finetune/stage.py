@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -24,11 +23,13 @@ from components.ppo_finetune.memory import plan
 from components.ppo_finetune.pretraining import examples_of_update, read_texts, windows
 from components.ppo_finetune.roles import Roles, load_roles, save_policy
 from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optimise, roll_out, statistics
+from components.ppo_finetune.watch import check, keep_best, over_optimised
 from components.rlhf.memory import GIB, peak_bytes, table
-from components.rlhf.models import context_tokens
+from components.rlhf.models import context_tokens, member_folders
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
 from components.rlhf.records import iterate_snapshot, prompt_key
+from components.rlhf.reward import Aggregation
 from components.rlhf.rollout import prompt_limit
 from components.rlhf.tokens import Encoded, PromptTooLong, encode_prompt
 from components.services.checkpoints import Checkpoints
@@ -58,6 +59,10 @@ class Config(Settings):
     """Score of a completion without EOS, instead of the reward model's; in deviations of its scores."""
     cut_completions: Literal["fixed", "scored"] = "fixed"
     """A completion without EOS: gets no_eos_score ("fixed"), or is scored as if it ended there, as in evaluation ("scored")."""
+    reward_aggregation: Aggregation = "mean"
+    """Score of an ensemble of reward models: its members' "mean", the "worst" of them, or "mean_minus_variance"."""
+    variance_weight: float = Field(0.1, ge=0)
+    """Weight of the members' variance in "mean_minus_variance" (Coste 2023's lambda), in 1 / deviation of the score."""
     epochs: int = Field(4, ge=1)
     """Passes over the completions of an update."""
     minibatches: int = Field(1, ge=1)
@@ -230,12 +235,18 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         folders.values(), (inputs.snapshot_uri, inputs.sft_uri, inputs.reward_model_uri, inputs.judge_model_uri), strict=True
     ):
         context.storage.fetch_folder(source, folder)
+    if config.reward_aggregation != "mean" and len(member_folders(folders["reward"])) == 1:
+        raise DoNotRetry(
+            f"ppo_finetune.reward_aggregation is {config.reward_aggregation!r}, but the reward model is no ensemble",
+            "set train_reward_model.ensemble_members to 2 or more, or reward_aggregation to mean",
+        )
     from transformers import AutoConfig, AutoTokenizer  # four seconds, which reading a config need not cost
 
     tokenizer, model_config = AutoTokenizer.from_pretrained(folders["sft"]), AutoConfig.from_pretrained(folders["sft"])
     prompts, left_out = read_prompts(config, tokenizer, model_config, folders["snapshot"])
     _log.info("%d prompts; one of them: %s", len(prompts), " ".join(tokenizer.convert_ids_to_tokens(prompts[0])))
-    shares = plan(config, folders["sft"], [folders["reward"], folders["judge"]], [len(prompt) for prompt in prompts])
+    scorers = [*member_folders(folders["reward"]), folders["judge"]]
+    shares = plan(config, folders["sft"], scorers, [len(prompt) for prompt in prompts])
     _log.info("memory:\n%s", table(shares))
     roles = load_roles(
         folders["sft"],
@@ -383,47 +394,3 @@ def one_update(
         progress.beta = next_beta(
             progress.beta, row["kl_reference"], target=config.kl_target, samples=len(completions), horizon=config.kl_horizon
         )
-
-
-def check(config: Config, row: dict[str, Any]) -> None:
-    """Ends a run that has gone wrong.
-
-    Raises:
-        DoNotRetry: a number that is not finite, a KL that blew up, or one answer to everything; it says which.
-    """
-    bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-    if bad:
-        raise DoNotRetry(f"PPO diverged at update {row['update']}: {', '.join(bad)} not finite", "lower ppo_finetune.learning_rate")
-    if row["kl_reference"] > config.max_kl_reference:
-        raise DoNotRetry(
-            f"KL blow-up at update {row['update']}: {row['kl_reference']:.1f} nats, over {config.max_kl_reference}",
-            "raise ppo_finetune.beta, set kl_target, or lower the learning rate",
-        )
-    if row["same_answer_fraction"] > config.max_same_answer_fraction:
-        raise DoNotRetry(
-            f"collapse at update {row['update']}: {row['same_answer_fraction']:.0%} of the completions are one and the same text",
-            "raise ppo_finetune.beta or lower the learning rate",
-        )
-
-
-def smoothed(history: list[dict[str, Any]], key: str, window: int) -> float:
-    """Mean of the last `window` updates."""
-    values = [row[key] for row in history[-window:]]
-    return sum(values) / len(values)
-
-
-def keep_best(config: Config, progress: Progress) -> None:
-    """Keeps the policy of this update if the judge's smoothed reward is the highest so far."""
-    row = progress.history[-1]
-    row["judge_smoothed"] = smoothed(progress.history, "judge_reward", config.judge_window)
-    row["reward_smoothed"] = smoothed(progress.history, "reward", config.judge_window)
-    if row["judge_smoothed"] >= max(each["judge_smoothed"] for each in progress.history):
-        progress.best = [weights.clone() for weights in weights_of(progress.roles.policy.trainable)]
-        progress.best_update = row["update"]
-
-
-def over_optimised(config: Config, progress: Progress) -> bool:
-    """Whether the judge has fallen from its best while the reward has risen since."""
-    now, best = progress.history[-1], progress.history[progress.best_update]
-    fell = now["judge_smoothed"] < best["judge_smoothed"] - config.judge_tolerance
-    return bool(fell and now["reward_smoothed"] > best["reward_smoothed"])

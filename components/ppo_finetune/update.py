@@ -1,6 +1,6 @@
 """One PPO update: roll out, score, estimate advantages, optimise. The steps stand in the paper's order.
 
-Shapes: B completions of one update, T positions of right-padded prompt + completion.
+Shapes: B completions of one update, T positions of right-padded prompt + completion, M members of the reward model.
 
 Ouyang 2022, section 3.5 and appendix C.3; the details follow Huang 2024 (2403.17031).
 """
@@ -20,7 +20,7 @@ from components.rlhf import ppo
 from components.rlhf.likelihood import add_nll_gradient
 from components.rlhf.models import Role
 from components.rlhf.optimisation import Optimiser
-from components.rlhf.reward import Centring, score_tokens
+from components.rlhf.reward import Aggregation, Centring, aggregate, score_tokens
 from components.rlhf.rollout import Completion, sample_tokens, to_completion, token_logprobs
 from components.rlhf.tokens import Batch, Encoded, length_batches, right_pad
 
@@ -35,6 +35,8 @@ class Knobs(Protocol):
     temperature: float
     no_eos_score: float
     cut_completions: Literal["fixed", "scored"]
+    reward_aggregation: Aggregation
+    variance_weight: float
     micro_batch_tokens: int
     epochs: int
     minibatches: int
@@ -54,12 +56,14 @@ class Experience(NamedTuple):
     Fields:
         completions: the B completions as sampled.
         batch: the same, right-padded.
-        scores_B: centred score of the reward model; where EOS is missing `no_eos_score`, or the score with EOS put there.
+        scores_B: centred score of the reward model, of an ensemble the members' aggregated; where EOS is missing `no_eos_score`, or
+            the score with EOS put there.
         judge_B: the judge's, in the same way. Never optimised.
         logprobs_old_BT, logprobs_reference_BT: at the sampling temperature, 0 outside the completion.
         values_old_BT: value before each completion token, 0 elsewhere.
         entropy: mean over completion tokens, nats.
         mismatch: largest difference between the sampler's log-probabilities and a fresh forward's, nats.
+        disagreement: of an ensemble, the mean over completions of the members' standard deviation, in deviations of the score.
     """
 
     completions: list[Completion]
@@ -71,6 +75,7 @@ class Experience(NamedTuple):
     values_old_BT: Tensor
     entropy: float
     mismatch: float
+    disagreement: float | None = None
 
 
 class Optimisers(NamedTuple):
@@ -110,12 +115,15 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     closed = [c.token_ids if c.ended else [*c.token_ids, roles.tokenizer.eos_token_id] for c in completions]
 
     def scored(role: Role, centring: Centring) -> Tensor:
-        raw_B = score_tokens(role, prompts, closed, pad_id=pad_id, max_tokens=knobs.micro_batch_tokens)
-        kept_B = ended_B | (knobs.cut_completions == "scored")
-        return torch.where(kept_B, centring(raw_B), knobs.no_eos_score).to(device)
+        return centring(score_tokens(role, prompts, closed, pad_id=pad_id, max_tokens=knobs.micro_batch_tokens))
 
-    scores_B = scored(roles.reward, roles.reward_centring)
-    judge_B = scored(roles.judge, roles.judge_centring)
+    def kept(scores_B: Tensor) -> Tensor:
+        kept_B = ended_B | (knobs.cut_completions == "scored")
+        return torch.where(kept_B, scores_B, knobs.no_eos_score).to(device)
+
+    members_MB = torch.stack([scored(*member) for member in roles.members])
+    scores_B = kept(aggregate(members_MB, knobs.reward_aggregation, knobs.variance_weight))
+    judge_B = kept(scored(roles.judge, roles.judge_centring))
     batch = Batch(*(each.to(device) for each in right_pad(prompts, answers, pad_id)))
 
     def forward(role: Role, part: Batch) -> tuple[Tensor, Tensor]:
@@ -135,6 +143,7 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
         values_old_BT,
         float(ppo.masked_mean(entropy_BT, batch.completion_mask_BT)),
         float((logprobs_old_BT[batch.completion_mask_BT] - sampled_N).abs().max()),
+        float(members_MB.std(0, correction=0).mean()) if len(roles.members) > 1 else None,
     )
 
 
@@ -271,6 +280,7 @@ def statistics(experience: Experience) -> dict[str, float]:
         "eos_fraction": sum(c.ended for c in experience.completions) / len(texts),
         "same_answer_fraction": most / len(texts),
         "logprob_mismatch": experience.mismatch,
+        **({} if experience.disagreement is None else {"reward_disagreement": experience.disagreement}),
     }
 
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from components.rlhf.records import Ranking, prompt_key
 from components.rlhf.statistics import (
+    Estimate,
+    Floats,
     accuracy_ceiling,
     as_json,
     cluster_share,
@@ -53,6 +55,34 @@ class _Pair(NamedTuple):
     length_worse: int
 
 
+class Hits(NamedTuple):
+    """What the scores make of P strict preferences.
+
+    Fields:
+        right_P: 1 where they order a preference as the rater did, 0.5 where they are equal, else 0.
+        prompt_P: the number of its prompt; the same for every scoring of the same rankings.
+    """
+
+    right_P: Floats
+    prompt_P: NDArray[np.int64]
+
+
+def pair_hits(scored: Sequence[ScoredRanking]) -> Hits:
+    """Every strict preference, ranking by ranking."""
+    clusters: dict[str, int] = {}
+    return _hits([pair for each in scored for pair in _pairs(each, clusters)])
+
+
+def mean_over_pairs(
+    values_P: Floats, prompt_P: NDArray[np.int64], seed: int, resamples: int = 2000, share: bool = True
+) -> Estimate:
+    """Mean with the cluster bootstrap's interval over prompts; NaN for no pair. `share`: as for `cluster_share`."""
+    if not len(values_P):
+        return cluster_share([], [], seed, resamples)
+    counts = np.bincount(prompt_P)
+    return cluster_share(np.bincount(prompt_P, weights=values_P), counts, seed, resamples, share)
+
+
 def accuracy_report(scored: Sequence[ScoredRanking], seed: int, resamples: int = 2000) -> dict[str, Any]:
     """The report as plain JSON: finite numbers, text, or null where there is nothing to estimate from.
 
@@ -77,14 +107,11 @@ def accuracy_report(scored: Sequence[ScoredRanking], seed: int, resamples: int =
         _check(each)
     clusters: dict[str, int] = {}
     pairs = [pair for each in scored for pair in _pairs(each, clusters)]
-    hits = np.array([1.0 if p.margin > 0 else 0.5 if p.margin == 0 else 0.0 for p in pairs])
+    hits, prompts = _hits(pairs)
 
-    def share(values: NDArray[np.float64], chosen: Sequence[int] | None = None) -> dict[str, Any]:
+    def share(values: Floats, chosen: Sequence[int] | None = None) -> dict[str, Any]:
         rows = list(range(len(pairs))) if chosen is None else chosen
-        cluster = np.array([pairs[i].cluster for i in rows], dtype=np.int64)
-        counts = np.bincount(cluster) if rows else np.zeros(0)
-        sums = np.bincount(cluster, weights=values[rows]) if rows else np.zeros(0)
-        return {**as_json(cluster_share(sums, counts, seed, resamples)), "pairs": len(rows)}
+        return {**as_json(mean_over_pairs(values[rows], prompts[rows], seed, resamples)), "pairs": len(rows)}
 
     def by(key: Callable[[_Pair], str | None]) -> list[dict[str, Any]]:
         groups: dict[str, list[int]] = defaultdict(list)
@@ -134,6 +161,11 @@ def _pairs(scored: ScoredRanking, clusters: dict[str, int]) -> list[_Pair]:
         _Pair(cluster, scored.ranking, i, j, float(scores[i]) - float(scores[j]), int(lengths[i]), int(lengths[j]))
         for i, j in scored.ranking.pairs()
     ]
+
+
+def _hits(pairs: Sequence[_Pair]) -> Hits:
+    right_P = np.array([1.0 if p.margin > 0 else 0.5 if p.margin == 0 else 0.0 for p in pairs])
+    return Hits(right_P, np.array([p.cluster for p in pairs], dtype=np.int64))
 
 
 def _policy_pair(pair: _Pair) -> str | None:

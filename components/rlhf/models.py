@@ -27,6 +27,7 @@ Precision = Literal["float32", "bfloat16"]
 PAD_TOKEN = "<|pad|>"
 ADAPTER_FOLDER = "adapter"
 HEAD = "score.weight"
+MEMBER_FOLDER = "member-{}"  # of an ensemble, inside the folder of its first member
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -137,6 +138,14 @@ def load_head(folder: Path) -> tuple[nn.Linear, PretrainedConfig]:
         except SafetensorError as error:
             raise OSError(f"{file} is damaged: {error}") from error
     raise OSError(f"{folder} has no weight {HEAD}: it is not a reward model")
+
+
+def member_folders(folder: Path) -> list[Path]:
+    """The folders of a reward model's members: its own, and `member-1`, `member-2`, ... in it if it is an ensemble."""
+    found = [folder]
+    while (member := folder / MEMBER_FOLDER.format(len(found))).is_dir():
+        found.append(member)
+    return found
 
 
 def _load_whole(auto_class: Any, folder: Path | str, precision: Precision) -> PreTrainedModel:

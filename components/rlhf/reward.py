@@ -1,6 +1,6 @@
 """Reward models: scores of completions, and the K-way ranking loss that trains them.
 
-Shapes: R rankings, K completions, N completions of all rankings, T tokens, D hidden.
+Shapes: R rankings, K completions, N completions of all rankings, T tokens, D hidden, M members of an ensemble.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Ties = Literal["drop", "half"]
+Aggregation = Literal["mean", "worst", "mean_minus_variance"]
 
 
 class Centring(NamedTuple):
@@ -35,6 +36,25 @@ class Centring(NamedTuple):
 
     def __call__(self, raw: Tensor, /) -> Tensor:
         return (raw - self.mean) / self.deviation
+
+
+def aggregate(scores_MN: Tensor, how: Aggregation, variance_weight: float = 0.0) -> Tensor:
+    """One score [N] per completion from the centred scores of an ensemble's members (Coste 2023, arXiv 2310.02743).
+
+    "mean" is their mean. "worst" is the lowest (worst-case optimisation): a completion is worth what its harshest member gives.
+    "mean_minus_variance" is mean - variance_weight * variance (uncertainty-weighted optimisation), with the population variance
+    over the members: what they disagree on is worth less. With one member all three are its score.
+
+    Args:
+        scores_MN: in deviations of each member's scores, so that no member counts more because its scale is larger.
+        variance_weight: the paper's lambda, in 1 / deviation.
+    """
+    if how == "worst":
+        return scores_MN.amin(0)
+    mean_N = scores_MN.mean(0)
+    if how == "mean":
+        return mean_N
+    return mean_N - variance_weight * scores_MN.var(0, correction=0)
 
 
 def ranking_loss(

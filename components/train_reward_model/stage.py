@@ -1,7 +1,8 @@
 """Trains the reward model that PPO optimises, and a judge on other rankings that PPO never sees.
 
 Goes in:  a snapshot of rankings, and the policy that SFT made.
-Comes out: two reward models as plain Hugging Face folders on S3, and a report of what each gets right on held-out rankings.
+Comes out: two reward models as plain Hugging Face folders on S3, and a report of what each gets right on held-out rankings. The
+           first may be an ensemble (Coste 2023).
 Alone:    python -m components.train_reward_model --snapshot-uri s3://… --policy-uri s3://…
 
 Both start from the policy with a new head and learn all C(K,2) pairs of a ranking in one batch element, for one epoch: more
@@ -13,49 +14,21 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
-from components.rlhf.accuracy_report import ScoredRanking, accuracy_report
-from components.rlhf.models import (
-    ADAPTER_FOLDER,
-    Role,
-    adapter_role,
-    add_adapter,
-    context_tokens,
-    load_policy,
-    merge_adapter_into,
-    new_scorer,
-    save_adapter,
-    save_model,
-    scorer_role,
-)
-from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
-from components.rlhf.rankings import (
-    EncodedRanking,
-    encode_rankings,
-    group_scores,
-    join_where_it_pays,
-    pack,
-    split_for_judge,
-)
+from components.rlhf.models import context_tokens, load_policy
+from components.rlhf.rankings import encode_rankings, split_for_judge
 from components.rlhf.records import iterate_snapshot
-from components.rlhf.reward import Centring, Ties, ranking_loss
+from components.rlhf.reward import Ties
 from components.rlhf.tokens import Encoded, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
+from components.train_reward_model.training import ensemble, train_one
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ADAPTER = "reward"
-CENTRING_RANKINGS = 512  # enough for a mean and a deviation to two digits; in a snapshot's order, which is as good as random
 _log = logging.getLogger(__name__)
 
 
@@ -72,6 +45,8 @@ class Config(Settings):
     """Longest prompt and completion together; longer prompts are cut at the front; 0: the model's context."""
     max_rankings: int = Field(0, ge=0)
     """Learn from at most this many rankings (both models together); 0: all."""
+    ensemble_members: int = Field(1, ge=1)
+    """Reward models that PPO scores with, each with a seed of its own; the judge stays a single one."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_fraction: float = Field(0.05, ge=0, le=1)
@@ -93,7 +68,7 @@ class Config(Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights; bfloat16 only with an adapter, whose own weights stay float32."""
     seed: int = 0
-    """Seed of the head, the adapter and the order of the rankings; the judge's is one higher."""
+    """Seed of the head, the adapter and the order of the rankings; the judge's is one higher, further members' follow."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 leaves its default."""
     checkpoint_seconds: float = Field(60.0, ge=0)
@@ -110,15 +85,6 @@ class Inputs(Settings):
 class Outputs(NamedTuple):
     reward_model_uri: str
     judge_model_uri: str
-
-
-class Trained(NamedTuple):
-    """A trained reward model and what is known of it."""
-
-    folder: Path
-    report: dict[str, Any]
-    history: list[dict[str, float]]
-    facts: dict[str, Any]
 
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
@@ -153,11 +119,15 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     # 2. Train and measure.
     counts = {"left_out": train.left_out + test.left_out, "cut_prompts": train.cut_prompts + test.cut_prompts}
     trained = {}
-    for number, (name, side) in enumerate(zip(("reward", "judge"), sides, strict=True)):
+    members = [f"reward-{number}" for number in range(1, config.ensemble_members)]
+    for number, name in enumerate(("reward", "judge", *members)):
+        side = sides[name == "judge"]
         trained[name] = train_one(config, config.seed + number, name, policy, tokenizer, side, test.rankings, limit, context)
+    if members:
+        trained["reward"] = ensemble(trained["reward"], [trained.pop(name) for name in members], config.seed)
 
     # 3. Publish.
-    from components.rlhf.report_page import reward_model_page
+    from components.train_reward_model.page import reward_model_page
 
     page = context.scratch / "reward_model.html"
     reward = trained["reward"]
@@ -174,161 +144,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         role = "reward_model" if name == "reward" else "judge_model"
         parents = {"snapshot": inputs.snapshot_uri, "policy": inputs.policy_uri}
         context.storage.publish_folder(each.folder, uri, context.marker(role, **each.facts, **counts, parents=parents))
+    for name in ("reward", "judge", *members):
         Checkpoints(context, name, 0).clear()
     return outputs
-
-
-def train_one(
-    config: Config,
-    seed: int,
-    name: str,
-    policy: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Sequence[EncodedRanking],
-    test: Sequence[EncodedRanking],
-    limit_tokens: int,
-    context: Context,
-) -> Trained:
-    """One reward model: trained, centred, measured on the test rankings, and saved to a local folder."""
-    model = new_scorer(policy, seed, config.precision)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.score.float()
-    if config.lora_rank:
-        add_adapter(model, ADAPTER, config.lora_rank, config.lora_alpha, seed)
-        model.requires_grad_(False)
-        role = adapter_role(model, ADAPTER, model.score, trainable=True, head_trainable=True)
-        role.activate()
-    else:
-        role = scorer_role(model, trainable=True)
-    train, test = (join_where_it_pays(role, each, tokenizer.pad_token_id) for each in (train, test))
-    history = train_loop(config, seed, name, role, train, tokenizer.pad_token_id, context)
-
-    # Centred so that what raters put first scores mean 0 (checklist: demonstrations score 0), in units of the spread.
-    sample = train[:CENTRING_RANKINGS]
-    raw = scores_of(role, sample, tokenizer.pad_token_id, config.micro_batch_tokens)
-    best = [s for each, scores in zip(sample, raw, strict=True) for s, r in zip(scores, each.ranking.ranks, strict=True) if r == 1]
-    everything = torch.tensor([s for scores in raw for s in scores])
-    deviation = float(everything.std(correction=0))
-    if not math.isfinite(deviation) or deviation < 1e-6:
-        raise DoNotRetry(f"the {name} model gives every completion the same score", "check the rankings, or the learning rate")
-    centring = Centring(sum(best) / len(best), deviation)
-
-    raw_test = scores_of(role, test, tokenizer.pad_token_id, config.micro_batch_tokens)
-    scored = [
-        ScoredRanking(each.ranking, [s - centring.mean for s in scores], [len(c) for c in each.completions])
-        for each, scores in zip(test, raw_test, strict=True)
-    ]
-    report = accuracy_report(scored, seed=seed)
-    folder = save_scorer(config, seed, role, model, policy, tokenizer, centring, context.scratch / name)
-    facts = {
-        "centring": centring._asdict(),
-        "rankings": len(train),
-        "accuracy": report["overall"],
-        "max_tokens": limit_tokens,
-        "seed": seed,
-    }
-    return Trained(folder, report, history, facts)
-
-
-def save_scorer(
-    config: Config,
-    seed: int,
-    role: Role,
-    model: PreTrainedModel,
-    policy: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    centring: Centring,
-    folder: Path,
-) -> Path:
-    """A plain `AutoModelForSequenceClassification` folder; the centring constants lie in its `config.json`."""
-    plain = model
-    if config.lora_rank:
-        plain = new_scorer(policy, seed)
-        plain.config.pad_token_id = tokenizer.pad_token_id
-        merge_adapter_into(plain, model, ADAPTER)
-        plain.score.load_state_dict(role.head.state_dict())
-        save_adapter(model, ADAPTER, folder / ADAPTER_FOLDER, config.lora_rank, config.lora_alpha)
-    plain.config.score_mean, plain.config.score_deviation = centring
-    plain.config.problem_type = "regression"  # so that a text-classification pipeline gives the raw score, not its sigmoid
-    save_model(plain, tokenizer, folder)
-    return folder
-
-
-def train_loop(
-    config: Config, seed: int, name: str, role: Role, rankings: Sequence[EncodedRanking], pad_id: int, context: Context
-) -> list[dict[str, float]]:
-    """Trains in place, from the last checkpoint if there is one; gives loss and pair accuracy of each step's batch."""
-    steps = max(1, math.ceil(config.epochs * len(rankings) / config.batch_rankings))
-    optimiser = Optimiser(
-        role.trainable,
-        learning_rate=config.learning_rate,
-        steps=steps,
-        warmup_fraction=config.warmup_fraction,
-        weight_decay=config.weight_decay,
-    )
-    checkpoints = Checkpoints(context, name, config.checkpoint_seconds)
-    history: list[dict[str, float]] = []
-    if saved := checkpoints.load():
-        _log.info("%s: continuing after step %d", name, saved["optimiser"]["taken"])
-        load_weights(role.trainable, saved["weights"])
-        optimiser.load(saved["optimiser"])
-        history = saved["history"]
-    order = data_order(len(rankings), steps * config.batch_rankings, seed)
-    with context.deferred_stop() as stop:
-        for step in context.progress.track(range(len(history), steps), steps, f"{name} steps", start=len(history)):
-            batch = [rankings[i] for i in order[step * config.batch_rankings : (step + 1) * config.batch_rankings]]
-            loss, accuracy = accumulate(config, role, batch, pad_id)
-            if not math.isfinite(loss):
-                raise DoNotRetry(f"the {name} model diverged: loss {loss} at step {step}", "lower train_reward_model.learning_rate")
-            rate = optimiser.learning_rate
-            norm = optimiser.step()
-            history.append({"step": step, "loss": loss, "accuracy": accuracy, "gradient_norm": norm, "learning_rate": rate})
-            context.tracker.metrics({f"{name}_{k}": v for k, v in history[-1].items() if k != "step"}, step)
-            if stop.is_set() or (checkpoints.due() and step + 1 < steps):
-                checkpoints.save({"weights": weights_of(role.trainable), "optimiser": optimiser.state(), "history": history})
-            if stop.is_set():
-                context.leave()
-    return history
-
-
-def accumulate(config: Config, role: Role, rankings: Sequence[EncodedRanking], pad_id: int) -> tuple[float, float]:
-    """Adds the gradient of the batch's ranking loss; gives the loss and the share of its pairs in the right order.
-
-    Micro-batches hold whole rankings and count by the batch's own sum of weights, so they change nothing but memory.
-    """
-    weights = [each.ranking.confidence or 1.0 for each in rankings]
-    total_weight = sum(weights)
-    weight_of = {id(each): weight for each, weight in zip(rankings, weights, strict=True)}
-    loss_sum = right = pairs = 0.0
-    for group in pack(rankings, config.micro_batch_tokens):
-        group_weights = [weight_of[id(each)] for each in group]
-        scores_N = group_scores(role, group, pad_id)
-        loss = ranking_loss(
-            scores_N,
-            [each.ranking.ranks for each in group],
-            weights=group_weights,
-            ties=config.ties,
-            margin=config.margin,
-            label_smoothing=config.label_smoothing,
-            centring=config.centring,
-        )
-        share = loss * (sum(group_weights) / total_weight)
-        share.backward()
-        loss_sum += share.item()
-        values, first = scores_N.tolist(), 0
-        for each in group:
-            for better, worse in each.ranking.pairs():
-                right += values[first + better] > values[first + worse]
-                pairs += 1
-            first += len(each.completions)
-    return loss_sum, right / pairs if pairs else 0.5
-
-
-@torch.no_grad()
-def scores_of(role: Role, rankings: Sequence[EncodedRanking], pad_id: int, max_tokens: int) -> list[list[float]]:
-    """Raw scores of every completion, ranking by ranking."""
-    found: dict[int, list[float]] = {}
-    for group in pack(rankings, max_tokens):
-        flat = iter(group_scores(role, group, pad_id).tolist())
-        found |= {id(each): [next(flat) for _ in each.completions] for each in group}
-    return [found[id(each)] for each in rankings]

@@ -13,7 +13,8 @@ from components.rlhf.models import adapter_role, add_adapter, load_policy, new_s
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.rankings import encode_rankings, join_where_it_pays
 from components.rlhf.records import Message, Ranking
-from components.train_reward_model.stage import Config, accumulate
+from components.train_reward_model.stage import Config
+from components.train_reward_model.training import accumulate
 from tests.benchmarks.work import rankings_of, reward_arguments
 
 

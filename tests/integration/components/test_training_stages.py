@@ -173,7 +173,7 @@ def test_the_reward_model_is_a_plain_folder_and_centred(fixed: Fixed, tmp_path: 
     from components.rlhf.models import scorer_role
     from components.rlhf.rankings import encode_rankings
     from components.rlhf.records import iterate_snapshot
-    from components.train_reward_model.stage import scores_of
+    from components.train_reward_model.training import scores_of
 
     _, folder = fetched(fixed.published["train_reward_model"], tmp_path / "reward")
     plain, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from components.ppo_finetune.stage import Config, check, keep_best, over_optimised
+from components.ppo_finetune.stage import Config
+from components.ppo_finetune.watch import check, keep_best, over_optimised
 from components.services.exits import DoNotRetry
 from components.services.launch import parse_settings
 

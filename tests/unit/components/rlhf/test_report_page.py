@@ -21,8 +21,8 @@ from components.rlhf.report_page import (
     interval_text,
     learning_curves,
     render_page,
-    reward_model_page,
 )
+from components.train_reward_model.page import reward_model_page
 
 ATTACK = "</td><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)>{{ 7 * 7 }}"
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from components.rlhf.models import init_head, load_scorer, new_scorer, save_model, scorer_role
-from components.rlhf.reward import Centring, ranking_loss, score, sequence_scores
+from components.rlhf.reward import Centring, aggregate, ranking_loss, score, sequence_scores
 from components.rlhf.tokens import encode_completion, encode_prompt
 
 
@@ -143,3 +143,19 @@ def test_gradient_reaches_the_backbone(scorer_folder: Path) -> None:
 
 def test_centring_without_constants_changes_nothing(model: Any) -> None:
     assert Centring.of(model.config)(torch.tensor([1.5])).item() == 1.5
+
+
+def test_line_15_mean_worst_case_and_mean_minus_variance_by_hand() -> None:
+    """Coste 2023. The first completion's 1, 2, 3 have mean 2 and population variance 2/3; the second is -1 to all."""
+    scores = torch.tensor([[1.0, -1.0, 4.0], [2.0, -1.0, -4.0], [3.0, -1.0, 0.0]])
+    assert aggregate(scores, "mean").tolist() == pytest.approx([2.0, -1.0, 0.0])
+    assert aggregate(scores, "worst").tolist() == [1.0, -1.0, -4.0]
+    assert aggregate(scores, "mean_minus_variance", 0.5).tolist() == pytest.approx([2 - 1 / 3, -1.0, -16 / 3])
+    assert aggregate(scores, "mean_minus_variance", 0.0).tolist() == pytest.approx([2.0, -1.0, 0.0])
+
+
+def test_line_15_one_member_is_its_own_score_bit_by_bit_and_order_does_not_matter() -> None:
+    scores = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    for how in ("mean", "worst", "mean_minus_variance"):
+        assert torch.equal(aggregate(scores[:1], how, 0.7), scores[0])
+        torch.testing.assert_close(aggregate(scores.flip(0), how, 0.7), aggregate(scores, how, 0.7))

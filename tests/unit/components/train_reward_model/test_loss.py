@@ -16,7 +16,8 @@ from components.rlhf.rankings import EncodedRanking, encode_rankings
 from components.rlhf.records import Ranking
 from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.simulated_world.generate import simulate_rankings
-from components.train_reward_model.stage import Config, accumulate
+from components.train_reward_model.stage import Config
+from components.train_reward_model.training import accumulate
 
 
 def rankings(count: int) -> list[Ranking]:

@@ -1,0 +1,113 @@
+"""The stage in this process, against a real object store: ensembles and what PPO makes of them."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from components.ppo_finetune import stage as ppo
+from components.rlhf.models import load_policy, member_folders, save_model
+from components.rlhf.records import SCHEMA
+from components.rlhf.scratch_model import new_model, train_tokenizer
+from components.services.exits import DoNotRetry
+from components.services.launch import Context, Settings
+from components.services.storage import Storage
+from components.simulated_world.generate import simulate_rankings
+from components.train_reward_model import stage
+
+PPO = {"updates": 1, "batch_prompts": 4, "max_new_tokens": 4, "epochs": 1, "max_kl_reference": 1e3, "max_same_answer_fraction": 1.0}
+
+
+class World(NamedTuple):
+    """URIs of a snapshot and a policy, and how a stage is run on them, given its module, settings and inputs."""
+
+    snapshot: str
+    policy: str
+    run: Callable[[Any, Settings, Settings], Any]
+
+
+class Published(NamedTuple):
+    """A reward model's URIs, its folder, fetched, and its `rankloop.json` and `accuracy.json`."""
+
+    outputs: stage.Outputs
+    folder: Path
+    marker: dict[str, Any]
+    report: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def world(services: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
+    home = tmp_path_factory.mktemp("world")
+    rankings = list(simulate_rankings(60, seed=0))
+    tokenizer = train_tokenizer((text for r in rankings for text in (r["prompt"][0]["content"], *r["completions"])), 400, 128)
+    policy, snapshot = f"s3://rankloop/rm/{uuid.uuid4().hex}", f"s3://rankloop/rm/{uuid.uuid4().hex}"
+    save_model(new_model(tokenizer, layers=1, hidden=16, heads=2, context_tokens=128, seed=0), tokenizer, home / "policy")
+    (home / "snapshot").mkdir()
+    rows = [{"confidence": None, **r, "ranking_id": str(i)} for i, r in enumerate(rankings)]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), home / "snapshot" / "part-00000.parquet")
+    Storage().publish_folder(home / "policy", policy, {"role": "policy"})
+    Storage().publish_folder(home / "snapshot", snapshot, {"role": "rankings"})
+
+    def run(module: Any, config: Settings, inputs: Settings) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANKLOOP_STORAGE", f"s3://rankloop/rm/{uuid.uuid4().hex}")
+            scratch = home / uuid.uuid4().hex
+            scratch.mkdir()
+            return module.run(config, inputs, Context(module.__name__.split(".")[1], config, inputs, scratch))
+
+    return World(snapshot, policy, run)
+
+
+def trained(world: World, folder: Path, **config: Any) -> Published:
+    settings = stage.Config(**{"batch_rankings": 8, "threads": 1, **config})
+    outputs = world.run(stage, settings, stage.Inputs(snapshot_uri=world.snapshot, policy_uri=world.policy))
+    marker = Storage().fetch_folder(outputs.reward_model_uri, folder)
+    return Published(outputs, folder, marker, json.loads((folder / "accuracy.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_line_15_members_have_seeds_of_their_own_and_ppo_optimises_what_they_say_together(
+    world: World, tmp_path: Path, lora_rank: int
+) -> None:
+    one = trained(world, tmp_path / "one", lora_rank=lora_rank)
+    several = trained(world, tmp_path / "several", lora_rank=lora_rank, ensemble_members=3)
+    folders = member_folders(several.folder)
+    assert [each.name for each in folders] == ["several", "member-1", "member-2"]
+    weights = [load_file(each / "model.safetensors") for each in folders]
+    single = load_file(one.folder / "model.safetensors")
+    assert all(torch.equal(single[name], weights[0][name]) for name in single), "member 0 is the model that there was before"
+    heads = [each["score.weight"] for each in weights]
+    assert (heads[0] - heads[1]).abs().max() > 1e-3
+    assert (heads[1] - heads[2]).abs().max() > 1e-3
+    assert [(each / "adapter").is_dir() for each in folders] == [bool(lora_rank)] * 3
+    models = [AutoModelForSequenceClassification.from_pretrained(each) for each in folders]
+    centrings = [{"mean": each.config.score_mean, "deviation": each.config.score_deviation} for each in models]
+    assert [each["centring"] for each in several.marker["members"]] == centrings
+    assert len({each["deviation"] for each in centrings}) == 3
+    assert sorted(each["seed"] for each in several.marker["members"]) == [0, 2, 3]  # 1 is the judge's
+    assert several.report["overall"]["value"] == several.report["ensemble"]["mean"]["value"] == several.marker["accuracy"]["value"]
+    assert several.report["ensemble"]["members"][0]["value"] == one.report["overall"]["value"]
+    assert "ensemble" not in one.report
+    assert not [p for p in one.folder.rglob("*") if p.name.startswith("member")]
+
+    uris = {"reward_model_uri": several.outputs.reward_model_uri, "judge_model_uri": several.outputs.judge_model_uri}
+    inputs = ppo.Inputs(snapshot_uri=world.snapshot, sft_uri=world.policy, **uris)
+    done = world.run(ppo, ppo.Config(**PPO, lora_rank=lora_rank, reward_aggregation="worst"), inputs)
+    Storage().fetch_folder(done.policy_uri, tmp_path / "policy")
+    lines = (tmp_path / "policy" / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line)["reward_disagreement"] > 0 for line in lines)
+    load_policy(tmp_path / "policy")
+
+    alone = ppo.Inputs(**{**inputs.model_dump(), "reward_model_uri": one.outputs.reward_model_uri})
+    with pytest.raises(DoNotRetry, match="the reward model is no ensemble"):
+        world.run(ppo, ppo.Config(**PPO, lora_rank=lora_rank, reward_aggregation="worst"), alone)
