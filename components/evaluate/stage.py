@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
+    RUNTIME_ONLY = frozenset({"threads"})
+
     prompts: int = Field(256, ge=2)
     """Held-out prompts to answer, at most; each policy answers each once."""
     max_new_tokens: int = Field(64, ge=1)

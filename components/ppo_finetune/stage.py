@@ -43,6 +43,8 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
+    RUNTIME_ONLY = frozenset({"micro_batch_tokens", "threads", "checkpoint_seconds"})
+
     updates: int = Field(50, ge=1)
     """PPO updates, each with fresh completions."""
     batch_prompts: int = Field(64, ge=2)

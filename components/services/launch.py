@@ -32,7 +32,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -49,9 +49,14 @@ _log = logging.getLogger(__name__)
 
 
 class Settings(BaseModel):
-    """A stage's configuration or inputs: frozen, typed, unknown keys refused."""
+    """A stage's configuration or inputs: frozen, typed, unknown keys refused.
+
+    `RUNTIME_ONLY` names fields that change speed and memory, and a step's outcome by rounding at most. They are recorded with the
+    result but are no part of its key: what ran out of memory goes on from its checkpoint under others.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    RUNTIME_ONLY: ClassVar[frozenset[str]] = frozenset()
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
@@ -94,6 +99,12 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def key_of(stage: str, config: Settings, inputs: Settings) -> str:
+    """Digest of all that decides what a stage makes: its config but for what is `RUNTIME_ONLY`, its inputs, and the code."""
+    decisive = config.model_dump(mode="json", exclude=set(config.RUNTIME_ONLY))
+    return json_digest([stage, decisive, inputs.model_dump(mode="json"), code_digest()])[:32]
+
+
 class Context:
     """What the outside world offers to a stage.
 
@@ -103,7 +114,7 @@ class Context:
         tracker: the stage's MLflow run.
         progress: what a person sees.
         scratch: an empty local folder, removed at the end.
-        key: digest of stage, config, inputs and code: names what this very work makes.
+        key: names what this very work makes (`key_of`).
     """
 
     def __init__(self, stage: str, config: Settings, inputs: Settings, scratch: Path) -> None:
@@ -121,7 +132,7 @@ class Context:
         self.storage = Storage()
         self.tracker = Tracker(stage)
         self.progress = Progress(stage)
-        self.key = json_digest([stage, self.config, self.inputs, code_digest()])[:32]
+        self.key = key_of(stage, config, inputs)
         self.summary: dict[str, float | str] = {}  # shown in the stage's line and in KFP's metrics
         self.html: Path | None = None  # the stage's report, for KFP
         self._stop = threading.Event()

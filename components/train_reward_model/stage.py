@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
+    RUNTIME_ONLY = frozenset({"micro_batch_tokens", "threads", "checkpoint_seconds"})
+
     judge_fraction: float = Field(0.5, gt=0, lt=1)
     """Share of the prompts whose rankings teach the judge instead of the reward model."""
     epochs: float = Field(1.0, gt=0)

@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
+    RUNTIME_ONLY = frozenset({"micro_batch_tokens", "threads", "checkpoint_seconds"})
+
     base_model: str = ""
     """Pretrained model: local folder, s3:// folder, gguf:FILE, gguf:PACKAGE or Hub name; empty: from scratch."""
     vocabulary: int = Field(768, ge=300)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import components
-from components.services.launch import Settings
+from components.services.launch import Settings, key_of
 from pipelines import STAGES
 
 FOLDER = Path(components.__file__).parent
@@ -89,3 +89,14 @@ def test_no_python_file_trusts_remote_code_or_reads_a_pickle() -> None:
                 assert node.value.value is False, path
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 raise AssertionError(f"{path}: torch.load reads pickles")
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_only_changes_speed_and_memory_is_no_part_of_the_key(stage: str) -> None:
+    config, inputs = importlib.import_module(f"components.{stage}.stage").Config(), Settings()
+    assert set(type(config).model_fields) > config.RUNTIME_ONLY
+    for name, value in config:
+        other = config.model_copy(update={name: f"{value}x" if isinstance(value, str) else value + 1})
+        same = key_of(stage, other, inputs) == key_of(stage, config, inputs)
+        assert same == (name in config.RUNTIME_ONLY), name

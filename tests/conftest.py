@@ -1,4 +1,4 @@
-"""Real servers for the integration tests: one SeaweedFS and one MLflow per test session."""
+"""Real servers for the integration and system tests: one SeaweedFS and one MLflow per test session."""
 
 from __future__ import annotations
 

@@ -1,0 +1,169 @@
+"""Stages as processes: run to the end, sent a signal on the way, run again; and what the training stages publish undisturbed.
+
+A process that has imported everything is forked for each run, because importing costs seven seconds and a run one or two. What runs
+in the fork is the stage's own command line.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file
+
+from components.rlhf.records import SCHEMA
+from components.services import progress
+from components.services.launch import main
+from components.services.storage import Storage
+from components.simulated_world.generate import simulate_rankings
+
+OPTIONS = {
+    "train_sft": {"layers": 1, "hidden": 32, "heads": 2, "vocabulary": 400, "epochs": 2, "test_examples": 16},
+    "train_reward_model": {"batch_rankings": 4},
+    "ppo_finetune": {"updates": 16, "batch_prompts": 8, "max_new_tokens": 8, "epochs": 2, "max_kl_reference": 1000},
+}
+RUN_SECONDS = 180
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    [
+        *(f"components.{stage}.stage" for stage in OPTIONS),
+        "components.rlhf.report_page",
+        "mlflow",
+        "peft",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+        __name__,
+    ]
+)
+
+
+class Ended(NamedTuple):
+    """How a process ended: its exit code, or minus the number of the signal that killed it, and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """The stage's outputs, in their order."""
+        assert self.returncode == 0, self.stderr
+        found: dict[str, str] = json.loads(self.stdout[self.stdout.index("{") :])
+        return found
+
+    @property
+    def uri(self) -> str:
+        """The first output."""
+        return next(iter(self.outputs.values()))
+
+
+class StageProcess:
+    """One run of a stage, under way from the start.
+
+    Args:
+        root: the S3 URI below which it publishes.
+        options: of its command line, on top of `OPTIONS`.
+    """
+
+    def __init__(self, stage: str, root: str, inputs: dict[str, str], **options: Any) -> None:
+        values = {"threads": 1, "checkpoint_seconds": 0, **OPTIONS[stage], **options, **inputs}
+        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+        self._folder = tempfile.TemporaryDirectory()
+        self._events = Path(self._folder.name) / "events"
+        environment = {**os.environ, "RANKLOOP_STORAGE": root, progress.EVENTS_VARIABLE: str(self._events)}
+        self._process: ForkServerProcess = _forks.Process(
+            target=_run, args=(stage, arguments, environment, self._folder.name), daemon=True
+        )
+        self._process.start()
+
+    def steps(self) -> list[tuple[str, int]]:
+        """(what, how many are done) of every step that was shown so far."""
+        lines = self._events.read_text(encoding="utf-8").splitlines() if self._events.exists() else []
+        shown = [json.loads(line) for line in lines if line.endswith("}")]
+        return [(each["what"], each["done"]) for each in shown if each["event"] == "progress"]
+
+    def signal_after(self, steps: int, number: int, more_seconds: float = 0.0) -> None:
+        """Sends a signal as soon as this process has shown that many steps, or some time later; not if it has ended."""
+        deadline = time.monotonic() + RUN_SECONDS
+        while len(self.steps()) < steps and self._process.is_alive():
+            assert time.monotonic() < deadline, "it never came so far"
+            time.sleep(0.002)
+        time.sleep(more_seconds)
+        if self._process.is_alive() and self._process.pid:
+            os.kill(self._process.pid, number)
+
+    def ended(self) -> Ended:
+        """Waits for the end."""
+        self._process.join(RUN_SECONDS)
+        code = self._process.exitcode
+        assert code is not None, "it does not end"
+        written = [(Path(self._folder.name) / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+        self._folder.cleanup()
+        return Ended(code, *written)
+
+
+def _run(stage: str, arguments: list[str], environment: dict[str, str], folder: str) -> None:
+    """What the forked process does."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    progress.SECONDS_BETWEEN_EVENTS = 0.0
+    sys.argv = [stage, *arguments]
+    main(stage)
+
+
+def run(stage: str, root: str, inputs: dict[str, str], **options: Any) -> Ended:
+    return StageProcess(stage, root, inputs, **options).ended()
+
+
+class Undisturbed(NamedTuple):
+    """Inputs of each training stage, and the first thing that it published without interruption."""
+
+    inputs: dict[str, dict[str, str]]
+    published: dict[str, str]
+
+
+def train_undisturbed(root: str) -> Undisturbed:
+    """Runs the training stages one after the other on 120 simulated rankings, with files below `root`."""
+    empty = {"confidence": None}
+    rows = [{**empty, **record, "ranking_id": str(i)} for i, record in enumerate(simulate_rankings(120, seed=0))]
+    snapshot = {"snapshot_uri": root + "/snapshot"}
+    with tempfile.TemporaryDirectory() as folder:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), Path(folder) / "part-00000.parquet")
+        Storage().publish_folder(Path(folder), snapshot["snapshot_uri"], {"role": "rankings"})
+    sft = run("train_sft", root, snapshot).outputs
+    scorers = run("train_reward_model", root, {**snapshot, **sft}).outputs
+    ppo = {**snapshot, "sft_uri": sft["policy_uri"], **scorers}
+    policy = run("ppo_finetune", root, ppo).outputs
+    return Undisturbed(
+        {"train_sft": snapshot, "train_reward_model": {**snapshot, **sft}, "ppo_finetune": ppo},
+        {
+            "train_sft": sft["policy_uri"],
+            "train_reward_model": scorers["reward_model_uri"],
+            "ppo_finetune": policy["policy_uri"],
+        },
+    )
+
+
+def fetched(uri: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a published model; its files are in `folder` then."""
+    Storage().fetch_folder(uri, folder)
+    return load_file(folder / "model.safetensors")
+
+
+def timeless_history(folder: Path) -> list[dict[str, Any]]:
+    """The rows of `training.jsonl` without what a clock says."""
+    lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if "second" not in key} for line in lines]
