@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Literal, NamedTuple
 
-from components.rlhf.records import ROLES, Message, Ranking
-from components.services.exits import DoNotRetry
+from components.rlhf.records import Message, Ranking, messages_of
+from components.services.json_lines import read_json_lines
 from components.services.storage import Storage
 
 Which = Literal["all", "top"]
@@ -40,47 +37,18 @@ def read_demonstrations(uri: str, storage: Storage) -> list[Example]:
     Raises:
         DoNotRetry: the file is missing, or a line is not a demonstration; the message names the line.
     """
-    if uri.startswith("s3://"):
-        data = storage.get_bytes(uri)
-    else:
-        path = Path(uri)
-        if not path.is_file():
-            raise DoNotRetry(f"demonstrations {uri} are not a file", "give a JSONL file or an s3:// URI")
-        data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise DoNotRetry(f"{uri} is damaged: {error}", "write it again") from error
-    examples = []
-    for number, line in enumerate(data.splitlines(), 1):
-        if line.strip():
-            try:
-                examples.append(_example(json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
-                raise DoNotRetry(
-                    f"{uri}, line {number}: not a demonstration ({error})",
-                    'each line is {"prompt": text or messages, "completion": text}',
-                ) from error
-    if not examples:
-        raise DoNotRetry(f"{uri} has no demonstrations")
-    return examples
+    form = '{"prompt": text or messages, "completion": text}'
+    return read_json_lines(uri, storage, _example, "demonstration", form)
 
 
 def _example(row: object) -> Example:
     if not isinstance(row, dict) or set(row) != {"prompt", "completion"}:
         raise ValueError("expected an object with the keys prompt and completion")
-    prompt, completion = row["prompt"], row["completion"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not messages or not isinstance(completion, str) or not completion.strip():
-        raise ValueError("prompt and completion must not be empty")
-    for message in messages:
-        if not isinstance(message, dict) or set(message) != {"role", "content"} or message["role"] not in ROLES:
-            raise ValueError(f"not a chat message: {message!r}")
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            raise ValueError(f"not a chat message: {message!r}")
+    prompt, completion = messages_of(row["prompt"]), row["completion"]
+    if not isinstance(completion, str) or not completion.strip():
+        raise ValueError("the completion must be a text that is not empty")
     try:
-        "".join([completion, *(m["content"] for m in messages)]).encode()
+        completion.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a character: {error}") from error
-    return Example([Message(role=m["role"], content=m["content"]) for m in messages], completion)
+    return Example(prompt, completion)
