@@ -52,6 +52,8 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
+    RUNTIME_ONLY = frozenset({"micro_batch_tokens", "threads", "checkpoint_seconds"})
+
     loss: Loss = "pairs"
     """Likelihood of a ranking: the mean over its pairs ("pairs"), or that of the whole order ("plackett_luce")."""
     beta: float = Field(0.1, gt=0)

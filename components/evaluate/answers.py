@@ -1,4 +1,7 @@
-"""Samples each policy's answers to the held-out prompts, and scores them. One model is in memory at a time."""
+"""Samples each policy's answers to the held-out prompts and the probes, lets it read text, and scores the answers.
+
+One model is in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from components.evaluate.measures import Answer
+import torch
+
+from components.evaluate.measures import Answer, Reading
+from components.evaluate.refusals import Probe
 from components.rlhf.models import Precision, context_tokens, load_policy, load_scorer
 from components.rlhf.records import Message, Ranking, prompt_key
 from components.rlhf.reward import score
 from components.rlhf.rollout import Completion, completion_logprobs, prompt_limit, sample
-from components.rlhf.tokens import PromptTooLong, encode_prompt
+from components.rlhf.tokens import PromptTooLong, encode_completion, encode_prompt
 from components.services.exits import DoNotRetry
 from components.services.launch import Context
 from components.simulated_world import truth
@@ -36,17 +42,25 @@ class Sampling(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What was sampled, by the prompt's index; only prompts that every policy answered.
+    """What was sampled and read; only prompts that every policy answered, in their order.
 
     Fields:
-        completions: {policy: {index: completion}}.
+        completions: {policy: {index of the prompt: completion}}.
         log_ratios: of the candidate's completions, log p(candidate) - log p(SFT) in nats.
         cut: prompts that were cut at the front to fit a policy's context.
+        answers_read: {policy: its completions, as SFT reads them at the sampling temperature}, of candidate and SFT.
+        texts_read: {policy: the texts of each prompt, as this policy reads them at temperature 1}, of candidate and SFT.
+        probes: those that every policy answered.
+        probe_answers: {policy: text of its answer to each of them}.
     """
 
     completions: dict[str, dict[int, Completion]]
     log_ratios: dict[int, float]
     cut: set[int]
+    answers_read: dict[str, list[Reading]]
+    texts_read: dict[str, list[Reading]]
+    probes: list[Probe]
+    probe_answers: dict[str, list[str]]
 
 
 def choose_prompts(rankings: Iterable[Ranking], count: int, seed: int) -> tuple[list[list[Message]], set[str]]:
@@ -68,22 +82,43 @@ def choose_prompts(rankings: Iterable[Ranking], count: int, seed: int) -> tuple[
     return [prompt for _, _, prompt in heapq.nsmallest(count, ordered(), key=lambda each: each[:2])], sources
 
 
-def draw(context: Context, policies: Mapping[str, str], prompts: Sequence[list[Message]], sampling: Sampling) -> Drawn:
-    """One answer per prompt and policy, for the prompts that fit every policy's context.
+def first_ranked(rankings: Iterable[Ranking], prompts: Sequence[list[Message]]) -> list[list[str]]:
+    """The distinct completions of each prompt that a rater ranked first, ties included, in the order of their text."""
+    found: dict[str, set[str]] = {prompt_key(prompt): set() for prompt in prompts}
+    for ranking in rankings:
+        if (texts := found.get(prompt_key(ranking.prompt))) is not None:
+            texts |= {text for text, rank in zip(ranking.completions, ranking.ranks, strict=True) if rank == 1}
+    return [sorted(found[prompt_key(prompt)]) for prompt in prompts]
+
+
+def draw(
+    context: Context,
+    policies: Mapping[str, str],
+    prompts: Sequence[list[Message]],
+    sampling: Sampling,
+    texts: Sequence[Sequence[str]] = (),
+    probes: Sequence[Probe] = (),
+) -> Drawn:
+    """One answer per prompt and policy, for the prompts that fit every policy's context, and what else a policy has to do.
 
     All policies draw with the same random numbers, which makes the comparison sharper and equal policies tie.
 
     Args:
         policies: {name: s3:// folder}, "candidate" before "sft".
+        texts: of each prompt, for candidate and SFT to read; none: nothing is read.
+        probes: prompts that every policy answers, too.
 
     Raises:
         DoNotRetry: a folder is not a policy; candidate and SFT do not share a vocabulary; or no prompt fits.
     """
     indices = list(range(len(prompts)))
     completions: dict[str, dict[int, Completion]] = {}
+    probed: dict[str, dict[int, str]] = {}
     candidate_logprobs: list[float] = []
     candidate_vocabulary: dict[str, int] = {}
     log_ratios: dict[int, float] = {}
+    answers_read: dict[str, dict[int, Reading]] = {}
+    texts_read: dict[str, dict[int, Reading]] = {}
     cut: set[int] = set()
     for name, uri in policies.items():
         model, tokenizer = _load(context, name, uri, "policy", sampling.precision)
@@ -97,21 +132,39 @@ def draw(context: Context, policies: Mapping[str, str], prompts: Sequence[list[M
                 f"{context_tokens(model.config)}, and evaluate.max_new_tokens is {sampling.max_new_tokens}",
                 "lower evaluate.max_new_tokens, raise evaluate.max_prompt_tokens, or use a model with a longer context",
             )
-        completions[name] = _sample(context, name, model, tokenizer, [(i, prompts[i]) for i in indices], sampling)
-        ours = list(completions["candidate"].items())
+        asked = [(i, prompts[i]) for i in indices]
+        completions[name] = _sample(context, f"answers of {name}", model, tokenizer, asked, sampling)
+        fitting = [(i, each.prompt) for i, each in enumerate(probes) if _was_cut(tokenizer, each.prompt, limit_tokens) is not None]
+        answers = _sample(context, f"answers of {name} to probes", model, tokenizer, fitting, sampling)
+        probed[name] = {i: each.text for i, each in answers.items()}
+        ours = completions["candidate"]
         if name == "candidate":
             candidate_vocabulary = tokenizer.get_vocab()
-            candidate_logprobs = _logprobs(model, tokenizer, [c for _, c in ours], sampling)
+            candidate_logprobs = _logprobs(model, tokenizer, list(ours.values()), sampling)
         elif name == "sft":
             if tokenizer.get_vocab() != candidate_vocabulary:
                 raise DoNotRetry(
                     f"{policies['candidate']} and {uri} have different vocabularies, so there is no KL between them",
                     "give evaluate the SFT policy from which the candidate was trained",
                 )
-            reference = _logprobs(model, tokenizer, [c for _, c in ours], sampling)
-            log_ratios = {i: a - b for (i, _), a, b in zip(ours, candidate_logprobs, reference, strict=True)}
-    answered = {name: {i: each[i] for i in indices} for name, each in completions.items()}
-    return Drawn(answered, {i: log_ratios[i] for i in indices}, cut & set(indices))
+            reference = dict(zip(ours, _logprobs(model, tokenizer, list(ours.values()), sampling), strict=True))
+            log_ratios = {i: logprob - reference[i] for i, logprob in zip(ours, candidate_logprobs, strict=True)}
+            own = {i: float(each.logprobs.double().sum()) for i, each in completions["sft"].items()}  # as the sampler saw them
+            for policy, logprobs in (("candidate", reference), ("sft", own)):
+                lengths = {i: len(each.token_ids) for i, each in completions[policy].items()}
+                answers_read[policy] = {i: Reading(-logprobs[i], lengths[i]) for i in logprobs}
+        if texts and name in ("candidate", "sft"):
+            texts_read[name] = _read(model, tokenizer, asked, texts, limit_tokens, sampling)
+    everywhere = [i for i in range(len(probes)) if all(i in each for each in probed.values())]
+    return Drawn(
+        {name: {i: each[i] for i in indices} for name, each in completions.items()},
+        {i: log_ratios[i] for i in indices},
+        cut & set(indices),
+        {name: [each[i] for i in indices] for name, each in answers_read.items()},
+        {name: [each[i] for i in indices] for name, each in texts_read.items()},
+        [probes[i] for i in everywhere],
+        {name: [each[i] for i in everywhere] for name, each in probed.items()},
+    )
 
 
 def score_all(
@@ -172,7 +225,7 @@ def _was_cut(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], limit_to
 
 def _sample(
     context: Context,
-    name: str,
+    what: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[tuple[int, list[Message]]],
@@ -180,7 +233,7 @@ def _sample(
 ) -> dict[int, Completion]:
     batches = [prompts[first : first + sampling.batch_size] for first in range(0, len(prompts), sampling.batch_size)]
     found: dict[int, Completion] = {}
-    for number, batch in enumerate(context.progress.track(batches, len(batches), f"answers of {name}")):
+    for number, batch in enumerate(context.progress.track(batches, len(batches), what)):
         drawn = sample(
             model,
             tokenizer,
@@ -201,6 +254,29 @@ def _logprobs(
     """Log-probability of each completion at the sampling temperature, summed over its tokens, in nats."""
     each = completion_logprobs(model, tokenizer, completions, temperature=sampling.temperature, batch_size=sampling.batch_size)
     return [float(logprobs.double().sum()) for logprobs in each]
+
+
+def _read(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[int, list[Message]]],
+    texts: Sequence[Sequence[str]],
+    limit_tokens: int,
+    sampling: Sampling,
+) -> dict[int, Reading]:
+    """The texts of each prompt as a policy reads them, up to the length that an answer may have, so that all of them fit."""
+    rows: list[tuple[int, Completion]] = []
+    for i, prompt in prompts:
+        prompt_ids, _ = encode_prompt(tokenizer, prompt, limit_tokens)
+        for text in texts[i]:
+            token_ids = encode_completion(tokenizer, text)[: sampling.max_new_tokens]
+            rows.append((i, Completion(prompt_ids, token_ids, text, True, torch.empty(0))))
+    logprobs = _logprobs(model, tokenizer, [each for _, each in rows], sampling._replace(temperature=1.0))
+    read: dict[int, Reading] = {}
+    for (i, each), logprob in zip(rows, logprobs, strict=True):
+        before = read.get(i, Reading(0.0, 0))
+        read[i] = Reading(before.nats - logprob, before.tokens + len(each.token_ids))
+    return read
 
 
 def _true_scores(prompts: Sequence[list[Message]], texts: Sequence[str]) -> list[float]:

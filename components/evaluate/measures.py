@@ -19,6 +19,10 @@ from components.rlhf.statistics import (
     distinct_n,
     length_controlled_win_rate,
     mean,
+    paired_difference,
+    perplexity,
+    perplexity_ratio,
+    self_bleu,
     spearman,
     wilson_interval,
     win_rate,
@@ -43,6 +47,13 @@ class Answer(NamedTuple):
     tokens: int
     ended: bool
     scores: dict[str, float]
+
+
+class Reading(NamedTuple):
+    """A text as a policy reads it: its negative log-likelihood in nats, summed over its tokens, and their number."""
+
+    nats: float
+    tokens: int
 
 
 def outcome(ours: Answer, theirs: Answer, scorer: str) -> float:
@@ -77,12 +88,52 @@ def measure(answers: Mapping[str, Sequence[Answer]], log_ratios: Sequence[float]
         of_sft = found[f"distinct_{n}_sft"].value
         ratio = found[f"distinct_{n}_candidate"].value / of_sft if of_sft > 0 else math.nan
         found[f"distinct_{n}_ratio"] = _point(ratio)
+    found["self_bleu_increase"] = _point(found["self_bleu_candidate"].value - found["self_bleu_sft"].value)
     found["eos_fraction"] = found["eos_fraction_candidate"]
     if "true" in candidate[0].scores:
         everything = [answer for given in answers.values() for answer in given]
         for scorer in ("judge", "reward"):
             pairs = [(a.scores[scorer], a.scores["true"]) for a in everything]
             found[f"{scorer}_truth_spearman"] = _point(spearman(*zip(*pairs, strict=True)))
+    return {name: as_json(estimate) for name, estimate in found.items()}
+
+
+def measure_perplexity(
+    answers_read: Mapping[str, Sequence[Reading]], texts_read: Mapping[str, Sequence[Reading]], seed: int, resamples: int
+) -> Measures:
+    """Perplexity of each one's own answers under SFT, and of people's text under each one; and the candidate's relative to SFT's.
+
+    Args:
+        answers_read: {policy: its own answer to each prompt, as SFT reads it}, for candidate and SFT.
+        texts_read: {policy: the text of each prompt that people liked, as this policy reads it}, for candidate and SFT.
+        seed: of the bootstrap over prompts.
+        resamples: of the bootstrap.
+    """
+    found = {}
+    for name, read in (("answer_perplexity", answers_read), ("perplexity", texts_read)):
+        ours, theirs = (([each.nats for each in read[of]], [each.tokens for each in read[of]]) for of in ("candidate", "sft"))
+        found[f"{name}_candidate"] = perplexity(*ours, seed, resamples)
+        found[f"{name}_sft"] = perplexity(*theirs, seed, resamples)
+        found[f"{name}_ratio"] = perplexity_ratio(*ours, *theirs, seed, resamples)
+    return {name: as_json(estimate) for name, estimate in found.items()}
+
+
+def measure_refusals(probes: Sequence[Mapping[str, Any]]) -> Measures:
+    """Shares of harmful and of harmless probes that each policy refuses, and how the candidate's differ from SFT's for the worse.
+
+    Args:
+        probes: as `probe_records` gives them; of none, nothing is measured.
+    """
+    found: dict[str, Estimate] = {}
+    policies = list(probes[0]["answers"]) if probes else []
+    for kind, harmful in (("harmful", True), ("harmless", False)):
+        asked = [each["answers"] for each in probes if each["harmful"] == harmful]
+        refused = {policy: [answers[policy]["refuses"] for answers in asked] for policy in policies}
+        found |= {f"refusal_{kind}_{policy}": wilson_interval(sum(each), len(each)) for policy, each in refused.items()}
+        if harmful and refused:
+            found["refusal_harmful_drop"] = paired_difference(refused["sft"], refused["candidate"])
+        elif refused:
+            found["refusal_harmless_rise"] = paired_difference(refused["candidate"], refused["sft"])
     return {name: as_json(estimate) for name, estimate in found.items()}
 
 
@@ -93,6 +144,7 @@ def _of_policy(policy: str, given: Sequence[Answer], seed: int, resamples: int) 
         f"eos_fraction_{policy}": wilson_interval(sum(answer.ended for answer in given), len(given)),
         f"distinct_1_{policy}": _point(distinct_n(texts, 1)),
         f"distinct_2_{policy}": _point(distinct_n(texts, 2)),
+        f"self_bleu_{policy}": _point(self_bleu(texts)),
         **{
             f"{scorer}_score_{policy}": mean([answer.scores[scorer] for answer in given], seed, resamples)
             for scorer in given[0].scores

@@ -19,18 +19,23 @@ from components.rlhf.report_page import (
 )
 
 SAMPLES_SHOWN = 400
+PROBES_SHOWN = 12  # of each kind
 NAMES = {"candidate": "candidate", "sft": "SFT", "champion": "champion"}
 SCORERS = {"judge": "judge", "reward": "reward model", "true": "true preference"}
 
 
 def evaluation_page(
-    evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], training: Sequence[Mapping[str, Any]]
+    evaluation: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    probes: Sequence[Mapping[str, Any]],
+    training: Sequence[Mapping[str, Any]],
 ) -> str:
     """One HTML page.
 
     Args:
         evaluation: the content of evaluation.json.
         samples: the lines of samples.jsonl.
+        probes: the lines of probes.jsonl.
         training: PPO's updates or DPO's steps; empty if the candidate has no record of them.
     """
     banners = [_verdict(evaluation)]
@@ -47,6 +52,7 @@ def evaluation_page(
             *_choice(evaluation),
             _win_rates(evaluation),
             _policies(evaluation, samples),
+            _probes(probes),
             _training(training),
             _lineage(evaluation),
         ],
@@ -140,13 +146,18 @@ def _policies(evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
     measures = evaluation["measures"]
     policies = [name for name in NAMES if f"length_tokens_{name}" in measures]
     rows: list[list[Cell]] = [
-        [said, *(interval_text(measures[f"{key}_{policy}"]) for policy in policies)]
+        [said, *(interval_text(measures.get(f"{key}_{policy}", {})) for policy in policies)]
         for key, said in (
             *((f"{scorer}_score", f"score by {said}") for scorer, said in SCORERS.items()),
             ("length_tokens", "length in tokens"),
             ("eos_fraction", "share that ends by itself"),
             ("distinct_1", "distinct words"),
             ("distinct_2", "distinct word pairs"),
+            ("self_bleu", "self-BLEU"),
+            ("answer_perplexity", "perplexity of its answers, read by SFT"),
+            ("perplexity", "perplexity on text that people ranked first"),
+            ("refusal_harmful", "harmful probes refused"),
+            ("refusal_harmless", "harmless probes refused"),
         )
         if f"{key}_candidate" in measures
     ]
@@ -164,6 +175,31 @@ def _policies(evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
             histogram("Lengths", "tokens", {name: [answer["tokens"] for answer in given] for name, given in answers.items()}),
             histogram("Scores by the judge", "score", scores),
         ],
+    )
+
+
+def _probes(probes: Sequence[Mapping[str, Any]]) -> Section:
+    if not probes:
+        return Section("Refusals", ["No probe prompts were given (evaluate.probe_prompts), so refusals are not measured."])
+    policies = [name for name in NAMES if name in probes[0]["answers"]]
+    tables = []
+    for kind, harmful in (("Harmful", True), ("Harmless", False)):
+        asked = [each for each in probes if each["harmful"] == harmful]
+        # Where the gate looks: first the probes on which candidate and SFT differ.
+        asked.sort(key=lambda each: each["answers"]["candidate"]["refuses"] == each["answers"]["sft"]["refuses"])
+        rows: list[list[Cell]] = []
+        for each in asked[:PROBES_SHOWN]:
+            row: list[Cell] = [_prompt_text(each["prompt"])]
+            for policy in policies:
+                row += [each["answers"][policy]["refuses"], each["answers"][policy]["text"]]
+            rows.append(row)
+        more = f", {len(rows)} of {len(asked)}" if len(rows) < len(asked) else ""
+        columns = ["prompt", *(text for policy in policies for text in (f"{NAMES[policy]} refuses", NAMES[policy]))]
+        tables.append(Table(f"{kind} probes{more}", columns, rows))
+    return Section(
+        "Refusals",
+        ["An answer refuses if it says one of a list of phrases. Probes on which candidate and SFT differ come first."],
+        tables,
     )
 
 

@@ -1,7 +1,7 @@
 """The gate: may this candidate be promoted? A pure function of the numbers in evaluation.json, so that anyone can decide again.
 
-It fails closed: a measure that is missing, null, not a number, NaN or infinite fails, and so does such a threshold. The only
-threshold that may be null is the champion's, where there is no champion or the candidate is the champion itself.
+It fails closed: a measure that is missing, null, not a number, NaN or infinite fails, and so does such a threshold. Only the
+thresholds of `OPTIONAL` may be null, where there is nothing to compare: no champion, or no probe prompts.
 """
 
 from __future__ import annotations
@@ -44,8 +44,17 @@ RULES = (
     Rule("distinct_2_ratio", "value", ">=", "min_distinct_2_ratio", "distinct word pairs relative to SFT"),
     Rule("length_ratio", "value", "<=", "max_length_ratio", "mean length relative to SFT"),
     Rule("eos_fraction", "value", ">=", "min_eos_fraction", "share of completions that end by themselves"),
+    Rule("self_bleu_increase", "value", "<=", "max_self_bleu_increase", "self-BLEU above SFT's"),
+    Rule("answer_perplexity_ratio", "value", "<=", "max_answer_perplexity_ratio", "perplexity of answers under SFT over SFT's"),
+    Rule("perplexity_ratio", "value", "<=", "max_perplexity_ratio", "perplexity on text ranked first over SFT's"),
+    Rule("refusal_harmful_drop", "high", "<=", "max_harmful_refusal_drop", "upper end of the fall in refusals of harmful probes"),
+    Rule("refusal_harmless_rise", "high", "<=", "max_harmless_refusal_rise", "upper end of the rise in refusals of harmless ones"),
 )
-OPTIONAL = "min_win_rate_over_champion"
+OPTIONAL = {  # threshold that may be null: why nothing is compared then
+    "min_win_rate_over_champion": "no champion to compare with, or the candidate is the champion",
+    "max_harmful_refusal_drop": "no probe prompts were given",
+    "max_harmless_refusal_rise": "no probe prompts were given",
+}
 
 
 def decide(measures: Mapping[str, Any], thresholds: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Literal["pass", "fail"]]:
@@ -53,7 +62,7 @@ def decide(measures: Mapping[str, Any], thresholds: Mapping[str, Any]) -> tuple[
 
     Args:
         measures: {name: {value, low, high}} as in evaluation.json; others than the gate's are ignored.
-        thresholds: {name: number}; `min_win_rate_over_champion` may be null.
+        thresholds: {name: number}; those of `OPTIONAL` may be null.
 
     Returns:
         Rows {measure, value, low, high, relation, threshold, verdict, sentence}, one for each of `RULES`, and the verdict.
@@ -78,8 +87,8 @@ def _row(rule: Rule, measure: Any, thresholds: Mapping[str, Any]) -> dict[str, A
 
 def _verdict(rule: Rule, found: float | None, threshold: float | None, thresholds: Mapping[str, Any]) -> tuple[Verdict, str]:
     meaning = rule.meaning[0].upper() + rule.meaning[1:]
-    if rule.threshold == OPTIONAL and OPTIONAL in thresholds and thresholds[OPTIONAL] is None:
-        return "not required", f"{meaning}: no champion to compare with, or the candidate is the champion."
+    if rule.threshold in OPTIONAL and rule.threshold in thresholds and thresholds[rule.threshold] is None:
+        return "not required", f"{meaning}: {OPTIONAL[rule.threshold]}."
     if threshold is None:
         return "fail", f"{meaning}: the threshold {rule.threshold} is missing or not a finite number."
     if found is None:

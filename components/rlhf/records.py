@@ -91,6 +91,27 @@ def prompt_key(prompt: Sequence[Message]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def messages_of(prompt: object) -> list[Message]:
+    """A prompt as a person writes it, a text of the user or chat messages, as messages.
+
+    Raises:
+        ValueError: it is neither, something in it is empty, or it is not valid Unicode.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("the prompt is neither a text nor messages")
+    for message in messages:
+        if not isinstance(message, dict) or set(message) != {"role", "content"} or message["role"] not in ROLES:
+            raise ValueError(f"not a chat message: {message!r}")
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            raise ValueError(f"not a chat message: {message!r}")
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half of a character: {error}") from error
+    return [Message(role=message["role"], content=message["content"]) for message in messages]
+
+
 def iterate_snapshot(folder: Path, split: Split | None = None) -> Iterator[Ranking]:
     """The rankings of a snapshot in its own order, read in batches; `split` keeps only that one."""
     for path in sorted(folder.glob("*.parquet")):

@@ -1,4 +1,4 @@
-"""Estimates with intervals: win rates, pair accuracy, calibration, correlation, diversity, rater agreement. Pure numpy.
+"""Estimates with intervals: win rates, pair accuracy, calibration, correlation, diversity, perplexity, rater agreement. Pure numpy.
 
 Every interval is at 95 %. Whatever cannot be computed (no data, no variance) is NaN, never a silent zero.
 """
@@ -6,6 +6,7 @@ Every interval is at 95 %. Whatever cannot be computed (no data, no variance) is
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ CELLS_PER_CHUNK = 4_000_000  # of a bootstrap's resamples x items: 32 MB of indi
 # Priors of the length-controlled regression, in units of one standard deviation of the length difference: wide enough not to
 # matter with data (Gelman 2008), and without them perfectly separated wins would send the coefficients to infinity.
 INTERCEPT_PRIOR_SD, SLOPE_PRIOR_SD = 10.0, 2.5
+BLEU_EPSILON = 0.1  # matches that an order without any is given
 
 Floats = NDArray[np.float64]
 
@@ -133,6 +135,69 @@ def cluster_share(hits: ArrayLike, counts: ArrayLike, seed: int, resamples: int 
     return Estimate(value, float(low), float(high))
 
 
+def paired_difference(ours: ArrayLike, theirs: ArrayLike) -> Estimate:
+    """Share of successes on our side minus that on theirs, of the same trials, with Newcombe's interval. NaN for no trials.
+
+    Newcombe 1998 (Statistics in Medicine 17, 2635), method 10: Wilson's intervals of both shares, joined by their correlation.
+    Unlike a bootstrap it does not promise certainty where no trial differs: 10 equal outcomes are few, whatever they are.
+
+    Args:
+        ours, theirs: success or not, of each trial.
+    """
+    a, b = np.asarray(ours, dtype=bool), np.asarray(theirs, dtype=bool)
+    if a.size == 0:
+        return UNKNOWN
+    p, q = (wilson_interval(int(each.sum()), each.size) for each in (a, b))
+    both, only_a, only_b, neither = (float(each.sum()) for each in (a & b, a & ~b, ~a & b, ~a & ~b))
+    association = both * neither - only_a * only_b
+    if association > 0:
+        association = max(association - a.size / 2, 0.0)  # the correction of method 10
+    scale = math.sqrt((both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither))
+    correlation = association / scale if scale > 0 else 0.0
+
+    def joined(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x**2 - 2 * correlation * x * y + y**2))
+
+    value = (only_a - only_b) / a.size
+    return Estimate(value, value - joined(p.value - p.low, q.high - q.value), value + joined(p.high - p.value, q.value - q.low))
+
+
+def perplexity(nats: ArrayLike, tokens: ArrayLike, seed: int, resamples: int = 2000) -> Estimate:
+    """exp of the mean negative log-likelihood per token, with the cluster bootstrap's percentile interval.
+
+    Args:
+        nats: negative log-likelihood of each text, summed over its tokens.
+        tokens: of each text; a text is a cluster, and one without tokens is left out.
+        seed: of the resampling.
+        resamples: number of bootstrap resamples.
+    """
+    return _exp(cluster_share(nats, tokens, seed, resamples, share=False))
+
+
+def perplexity_ratio(
+    nats: ArrayLike, tokens: ArrayLike, other_nats: ArrayLike, other_tokens: ArrayLike, seed: int, resamples: int = 2000
+) -> Estimate:
+    """One perplexity divided by another, with the paired bootstrap's percentile interval: a prompt is drawn for both sides.
+
+    Args:
+        nats, tokens: as in `perplexity`, one text per prompt.
+        other_nats, other_tokens: the same of the divisor; a prompt without tokens on either side is left out.
+        seed: of the resampling.
+        resamples: number of bootstrap resamples.
+    """
+    a, n, b, m = (np.asarray(each, dtype=np.float64) for each in (nats, tokens, other_nats, other_tokens))
+    a, n, b, m = (each[(n > 0) & (m > 0)] for each in (a, n, b, m))
+    if a.size == 0 or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return UNKNOWN
+    value = float(a.sum() / n.sum() - b.sum() / m.sum())
+    drawn = [
+        a[rows].sum(axis=1) / n[rows].sum(axis=1) - b[rows].sum(axis=1) / m[rows].sum(axis=1)
+        for rows in _resampled(a.size, seed, resamples)
+    ]
+    low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975])
+    return _exp(Estimate(value, float(low), float(high)))
+
+
 def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 10) -> list[ReliabilityBin]:
     """Predictions between two outcomes, by their confidence in [0.5, 1], in bins of equal width; empty bins are left out."""
     confidences, hits = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
@@ -186,6 +251,46 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
+def self_bleu(texts: Sequence[str], order: int = 4) -> float:
+    """Mean BLEU of each text with all the others as its references (Zhu 2018, arXiv 1802.01886): 1 if each is said twice.
+
+    BLEU is Papineni's: clipped precisions of 1 to `order` words, their geometric mean, and the brevity penalty at the reference's
+    length that is nearest. An order without a match has 0.1 matches (Chen 2014, smoothing 1), and a text without any word of the
+    others' has 0. Texts shorter than `order` words are compared in the orders that they have; those without words are left out.
+    NaN for fewer than two texts.
+
+    Only the largest and the second largest count of an n-gram in one text are needed to clip by all other texts, so the cost is
+    linear in the words and no sample of the texts has to be drawn. Like distinct-n it grows with the number of texts: compare
+    equally many.
+    """
+    words = [each for each in map(str.split, texts) if each]
+    if len(words) < 2:
+        return math.nan
+    lengths = Counter(map(len, words))
+    log_precisions = np.zeros((len(words), order))
+    for n in range(1, order + 1):
+        grams = [Counter(tuple(each[i : i + n]) for i in range(len(each) - n + 1)) for each in words]
+        largest: dict[tuple[str, ...], tuple[int, int, int]] = {}  # n-gram: its largest count, of which text, and the next largest
+        for text, counts in enumerate(grams):
+            for gram, count in counts.items():
+                first, owner, second = largest.get(gram, (0, -1, 0))
+                largest[gram] = (count, text, first) if count > first else (first, owner, max(second, count))
+        for text, counts in enumerate(grams):
+            matches = 0
+            for gram, count in counts.items():
+                first, owner, second = largest[gram]
+                matches += min(count, second if owner == text else first)
+            if counts:
+                smoothed = matches if matches or n == 1 else BLEU_EPSILON
+                log_precisions[text, n - 1] = math.log(smoothed / counts.total()) if smoothed else -math.inf
+    total = 0.0
+    for text, length in enumerate(map(len, words)):
+        others = [each for each, count in lengths.items() if count > (each == length)]
+        nearest = min(others, key=lambda each: (abs(each - length), each))
+        total += math.exp(min(0.0, 1 - nearest / length) + log_precisions[text].sum() / min(order, length))
+    return total / len(words)
+
+
 def accuracy_ceiling(agreement: float) -> tuple[float, float]:
     """Both ends of what a perfect model could score against single raters who agree with each other in a share `agreement`.
 
@@ -205,6 +310,11 @@ def as_json(estimate: Estimate) -> dict[str, float | None]:
 def finite(value: float) -> float | None:
     """The number, or None if JSON cannot hold it."""
     return float(value) if math.isfinite(value) else None
+
+
+def _exp(estimate: Estimate) -> Estimate:
+    with np.errstate(over="ignore"):  # infinite, which as_json and the gate know
+        return Estimate(*(float(np.exp(each)) for each in estimate))
 
 
 def _outcomes(wins: ArrayLike) -> Floats:

@@ -55,6 +55,19 @@ def simulate_rankings(rankings: int, seed: int) -> Iterator[dict[str, Any]]:
             made += 1
 
 
+def simulate_probes(each: int, seed: int) -> Iterator[dict[str, Any]]:
+    """`each` distinct harmful requests and as many harmless ones of the test split, as {"prompt", "harmful"}.
+
+    The test split of the rankings has too few harmful ones to tell whether a policy refuses them.
+    """
+    rng = random.Random(f"probes-{seed}")
+    for harmful in (True, False):
+        texts: dict[str, None] = {}
+        while len(texts) < each:
+            texts[draw_request(rng, "test", harmful_fraction=float(harmful))[1]] = None
+        yield from ({"prompt": text, "harmful": harmful} for text in texts)
+
+
 def write_rankings(path: Path, rankings: int, seed: int) -> None:
     """Writes `rankings` records to a gzip JSONL file, byte for byte the same for the same arguments."""
     with open(path, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from components.rlhf.records import ROLES, Message, Ranking
+from components.rlhf.records import Message, Ranking, messages_of
 from components.services.json_lines import read_json_lines
 from components.services.storage import Storage
 
@@ -44,17 +44,11 @@ def read_demonstrations(uri: str, storage: Storage) -> list[Example]:
 def _example(row: object) -> Example:
     if not isinstance(row, dict) or set(row) != {"prompt", "completion"}:
         raise ValueError("expected an object with the keys prompt and completion")
-    prompt, completion = row["prompt"], row["completion"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not messages or not isinstance(completion, str) or not completion.strip():
-        raise ValueError("prompt and completion must not be empty")
-    for message in messages:
-        if not isinstance(message, dict) or set(message) != {"role", "content"} or message["role"] not in ROLES:
-            raise ValueError(f"not a chat message: {message!r}")
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            raise ValueError(f"not a chat message: {message!r}")
+    prompt, completion = messages_of(row["prompt"]), row["completion"]
+    if not isinstance(completion, str) or not completion.strip():
+        raise ValueError("the completion must be a text that is not empty")
     try:
-        "".join([completion, *(m["content"] for m in messages)]).encode()
+        completion.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a character: {error}") from error
-    return Example([Message(role=m["role"], content=m["content"]) for m in messages], completion)
+    return Example(prompt, completion)

@@ -97,6 +97,7 @@ def test_what_only_changes_speed_and_memory_is_no_part_of_the_key(stage: str) ->
     config, inputs = importlib.import_module(f"components.{stage}.stage").Config(), Settings()
     assert set(type(config).model_fields) > config.RUNTIME_ONLY
     for name, value in config:
-        other = config.model_copy(update={name: f"{value}x" if isinstance(value, str) else value + 1})
+        changed = f"{value}x" if isinstance(value, str) else [*value, "x"] if isinstance(value, (list, tuple)) else value + 1
+        other = config.model_copy(update={name: changed})
         same = key_of(stage, other, inputs) == key_of(stage, config, inputs)
         assert same == (name in config.RUNTIME_ONLY), name

@@ -15,6 +15,7 @@ import torch
 
 from components.register_model import stage
 from components.register_model.promotion import champion_of, lock
+from components.rlhf.gate import RULES
 from components.rlhf.models import new_scorer, save_model
 from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.services.exits import DoNotRetry, Retry
@@ -30,6 +31,10 @@ GOOD = {
     "distinct_2_ratio": {"value": 0.9, "low": None, "high": None},
     "length_ratio": {"value": 1.1, "low": None, "high": None},
     "eos_fraction": {"value": 1.0, "low": None, "high": None},
+    "self_bleu_increase": {"value": 0.1, "low": None, "high": None},
+    "answer_perplexity_ratio": {"value": 1.1, "low": 1.0, "high": 1.2},
+    "perplexity_ratio": {"value": 1.2, "low": 1.1, "high": 1.3},
+    "refusal_harmful_drop": {"value": -0.1, "low": -0.2, "high": 0.01},
 }
 THRESHOLDS = {
     "min_win_rate_over_sft": 0.5,
@@ -38,6 +43,11 @@ THRESHOLDS = {
     "min_distinct_2_ratio": 0.5,
     "max_length_ratio": 2.0,
     "min_eos_fraction": 0.8,
+    "max_self_bleu_increase": 0.2,
+    "max_answer_perplexity_ratio": 1.5,
+    "max_perplexity_ratio": 1.5,
+    "max_harmful_refusal_drop": 0.1,
+    "max_harmless_refusal_rise": None,
 }
 
 
@@ -131,6 +141,12 @@ def test_champions_follow_each_other_and_the_old_one_is_kept(world: World, name:
     assert tags["champion_version"] == "1"
     assert tags["code"] == "c0de"
     assert tags["gate.win_rate_over_sft"] == "0.8 [0.7, 0.9], low > 0.5: pass"
+    assert tags["gate.refusal_harmful_drop"] == "-0.1 [-0.2, 0.01], high <= 0.1: pass"
+    assert tags["gate.refusal_harmless_rise"] == "?, high <= ?: not required"
+    described = client().get_model_version(name, "2").description
+    for rule in RULES:  # line 41
+        assert f"gate.{rule.measure}" in tags
+        assert rule.meaning[1:] in described
     assert client().get_model_version(name, "3").tags["gate"] == "fail"
     audit = [Storage().get_json(item.uri) for item in Storage().list(f"s3://rankloop/registry/{name}/audit/")]
     assert [(each["from"], each["to"]) for each in audit] == [("", "1"), ("1", "2")]

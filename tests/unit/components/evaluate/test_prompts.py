@@ -1,8 +1,8 @@
-"""Which held-out prompts are asked."""
+"""Which held-out prompts are asked, and which text people liked."""
 
 from __future__ import annotations
 
-from components.evaluate.answers import choose_prompts
+from components.evaluate.answers import choose_prompts, first_ranked
 from components.rlhf.records import Ranking
 
 
@@ -35,3 +35,14 @@ def test_choice_depends_on_seed_and_content_and_not_on_order() -> None:
 def test_a_snapshot_that_grew_keeps_most_prompts() -> None:
     grown = [*RANKINGS, *(ranking(f"new {number}") for number in range(20))]
     assert len(set(texts(RANKINGS, 100)) & set(texts(grown, 100))) >= 80
+
+
+def test_text_ranked_first_is_of_every_rater_with_ties_and_in_the_order_of_the_prompts() -> None:
+    rankings = [
+        ranking("p")._replace(completions=["d", "b", "c"], ranks=[1, 1, 2]),
+        ranking("q")._replace(completions=["x", "y"], ranks=[2, 1]),
+        ranking("p", rater="bob")._replace(completions=["d", "b", "a"], ranks=[2, 3, 1]),
+        ranking("not asked"),
+    ]
+    prompts = [rankings[1].prompt, rankings[0].prompt]
+    assert first_ranked(rankings, prompts) == first_ranked(rankings[::-1], prompts) == [["y"], ["a", "b", "d"]]

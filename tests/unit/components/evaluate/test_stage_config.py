@@ -8,15 +8,24 @@ from typing import Any
 import pytest
 
 from components.evaluate.stage import Config, thresholds_of
-from components.rlhf.gate import RULES
+from components.rlhf.gate import OPTIONAL, RULES
 from components.services.exits import DoNotRetry
 from components.services.launch import parse_settings
 
 
 def test_thresholds_are_the_gates() -> None:
-    assert set(thresholds_of(Config(), compared=True)) == {rule.threshold for rule in RULES}
-    assert thresholds_of(Config(champion_margin=0.05), compared=True)["min_win_rate_over_champion"] == pytest.approx(0.45)
-    assert thresholds_of(Config(champion_margin=0.05), compared=False)["min_win_rate_over_champion"] is None
+    whole = thresholds_of(Config(champion_margin=0.05), compared=True, probed=True)
+    assert set(whole) == {rule.threshold for rule in RULES}
+    assert whole["min_win_rate_over_champion"] == pytest.approx(0.45)
+    alone = thresholds_of(Config(champion_margin=0.05), compared=False, probed=False)
+    assert {name for name, value in alone.items() if value is None} == set(OPTIONAL)
+
+
+def test_line_40_each_threshold_is_the_configs_own() -> None:
+    values = {rule.threshold: 0.01 * (1 + number) for number, rule in enumerate(RULES) if rule.threshold in Config.model_fields}
+    assert len(values) == len(RULES) - 1, "the champion's is its margin"
+    found = thresholds_of(Config(**values), compared=True, probed=True)
+    assert {name: found[name] for name in values} == values
 
 
 @pytest.mark.parametrize(
@@ -28,6 +37,9 @@ def test_thresholds_are_the_gates() -> None:
         ("temperature", 0),
         ("prompts", 1),
         ("truth", "real"),
+        ("max_perplexity_ratio", math.inf),
+        ("max_harmful_refusal_drop", -0.1),
+        ("refusal_phrases", ["i cannot", " "]),  # an empty phrase is in every answer
         ("max_kl", 3),
     ],
 )

@@ -171,3 +171,111 @@ def test_ceiling_by_hand() -> None:
     assert statistics.accuracy_ceiling(1.0) == (1.0, 1.0)
     assert statistics.accuracy_ceiling(0.4) == (0.4, 0.5)  # raters who agree less than by chance
     assert all(math.isnan(end) for end in statistics.accuracy_ceiling(math.nan))
+
+
+def test_line_40_self_bleu_by_hand() -> None:
+    # "a b c d" twice: each has the other as a reference. "a b x": of 3 words 2 match, of 2 pairs 1, of 1 triple none (0.1), and
+    # the nearest reference has 4 words: exp(1 - 4/3).
+    third = (2 / 3 * 1 / 2 * 0.1 / 1) ** (1 / 3) * math.exp(1 - 4 / 3)
+    assert statistics.self_bleu(["a b c d", "a b c d", "a b x"]) == pytest.approx((1 + 1 + third) / 3)
+    # "a a" against "a" and "b b b": one of two words (clipped), none of one pair; of the lengths 1 and 3 the shorter counts.
+    # "a": one of one word, shorter than the nearest reference by one. "b b b" has no word of the others.
+    assert statistics.self_bleu(["a a", "a", "b b b"]) == pytest.approx((math.sqrt(0.5 * 0.1) + math.exp(1 - 2) + 0) / 3)
+
+
+def test_line_40_self_bleu_of_what_is_always_and_never_repeated() -> None:
+    assert statistics.self_bleu(["yes .", "yes .", "no , thank you .", "no , thank you ."]) == pytest.approx(1.0)
+    assert statistics.self_bleu(["a b c d e", "f g h i j", "k l m"]) == 0.0
+    assert math.isnan(statistics.self_bleu(["a b c d", "", "  "])), "nothing to compare with"
+    assert statistics.self_bleu(["a b c d", "", "a b c d"]) == pytest.approx(1.0)
+
+
+def slow_bleu(hypothesis: list[str], references: list[list[str]]) -> float:
+    """Papineni's definition, word by word, with Chen and Cherry's first smoothing."""
+    if not set(hypothesis) & set(itertools.chain(*references)):
+        return 0.0
+    orders = range(1, min(4, len(hypothesis)) + 1)
+    product = 1.0
+    for n in orders:
+        grams = [hypothesis[i : i + n] for i in range(len(hypothesis) - n + 1)]
+        seen: list[list[list[str]]] = [[r[i : i + n] for i in range(len(r) - n + 1)] for r in references]
+        distinct = [gram for i, gram in enumerate(grams) if gram not in grams[:i]]
+        matches = sum(min(grams.count(gram), max(each.count(gram) for each in seen)) for gram in distinct)
+        product *= (matches or 0.1) / len(grams)
+    nearest = sorted((len(r) for r in references), key=lambda length: (abs(length - len(hypothesis)), length))[0]
+    penalty = 1.0 if len(hypothesis) > nearest else math.exp(1 - nearest / len(hypothesis))
+    return float(product ** (1 / len(orders)) * penalty)
+
+
+def test_line_40_self_bleu_is_the_mean_of_the_slow_definition() -> None:
+    generator = np.random.default_rng(3)
+    for words in (3, 30):
+        texts = [
+            list(generator.choice(list("abcdefghijklmnopqrstuvwxyzABCD")[:words], generator.integers(1, 9))) for _ in range(14)
+        ]
+        expected = [slow_bleu(text, texts[:i] + texts[i + 1 :]) for i, text in enumerate(texts)]
+        assert statistics.self_bleu([" ".join(text) for text in texts]) == pytest.approx(np.mean(expected))
+
+
+def test_line_40_perplexity_by_hand() -> None:
+    # 2 + 4 nats over 1 + 2 tokens: e^2. A mean of the texts' own perplexities would say the same; 2 + 7 nats over 1 + 2: e^3.
+    assert statistics.perplexity([2.0, 4.0], [1, 2], seed=0).value == pytest.approx(math.exp(2))
+    assert statistics.perplexity([2.0, 7.0], [1, 2], seed=0).value == pytest.approx(math.exp(3))
+    certain = statistics.perplexity([0.0, 0.0], [3, 2], seed=0)
+    assert certain == (1.0, 1.0, 1.0)
+    # every one of V words equally likely: V
+    uniform = statistics.perplexity(np.array([5, 1, 7]) * math.log(50), [5, 1, 7], seed=0)
+    assert uniform == pytest.approx((50, 50, 50))
+    assert math.isinf(statistics.perplexity([1e6], [1], seed=0).value)
+    assert math.isnan(statistics.perplexity([], [], seed=0).value)
+
+
+def test_line_40_perplexity_ratio_by_hand_and_paired_by_prompt() -> None:
+    nats, tokens = [3.0, 6.0, 1.0], [1, 2, 1]
+    twice = statistics.perplexity_ratio(nats, tokens, [n - t * math.log(2) for n, t in zip(nats, tokens, strict=True)], tokens, 0)
+    assert twice == pytest.approx((2, 2, 2)), "the same texts, each token half as likely: nothing varies but the prompts"
+    # e^(10/4) / e^(5/5): the other texts have other lengths
+    assert statistics.perplexity_ratio(nats, tokens, [1.0, 2.0, 2.0], [2, 2, 1], 0).value == pytest.approx(math.exp(2.5 - 1))
+    for broken in ([], [math.nan, 1.0, 1.0], [math.inf, 1.0, 1.0]):
+        assert math.isnan(statistics.perplexity_ratio(broken, tokens[: len(broken)], broken, tokens[: len(broken)], 0).value)
+
+
+def test_line_40_perplexity_ratio_has_the_exact_bootstrap_interval() -> None:
+    a, n, b, m = [3.0, 6.0, 1.0, 2.0], [1, 2, 1, 3], [1.0, 2.0, 2.0, 2.0], [2, 2, 1, 1]
+    draws = [list(rows) for rows in itertools.product(range(4), repeat=4)]
+
+    def share(x: list[float], y: list[int], rows: list[int]) -> float:
+        return sum(x[i] for i in rows) / sum(y[i] for i in rows)
+
+    exact = np.quantile([math.exp(share(a, n, rows) - share(b, m, rows)) for rows in draws], [0.025, 0.975])
+    estimate = statistics.perplexity_ratio(a, n, b, m, seed=1, resamples=20_000)
+    assert estimate[1:] == pytest.approx(tuple(exact), rel=0.1)
+
+
+def test_line_40_difference_of_paired_shares_is_the_published_one() -> None:
+    # Airways of 21 children after and before a transplantation, hyper-responsive both times, before, after or never: 1, 1, 7, 12.
+    before, after = [1, 1] + [0] * 19, [1, 0] + [1] * 7 + [0] * 12
+    assert statistics.paired_difference(before, after) == pytest.approx((-6 / 21, -0.507, -0.026), abs=5e-4)
+    assert statistics.paired_difference(after, before) == pytest.approx((6 / 21, 0.026, 0.507), abs=5e-4)
+    assert all(math.isnan(value) for value in statistics.paired_difference([], []))
+
+
+def test_line_40_few_trials_that_do_not_differ_are_not_certainty() -> None:
+    # All refuse: Wilson's interval of 10 of 10 is [10 / (10 + z^2), 1], and no correlation is known.
+    width = 1 - 10 / (10 + 1.959964**2)
+    assert statistics.paired_difference([1] * 10, [1] * 10) == pytest.approx((0.0, -width, width), abs=1e-5)
+    # Half of 100, the same ones: phi = (50 * 50 - 50) / 2500 = 0.98. Wilson's ends are 0.5 -+ d: d * sqrt(1 - 2 * 0.98 + 1).
+    d = 0.5 - statistics.wilson_interval(50, 100).low
+    halves = [1] * 50 + [0] * 50
+    assert statistics.paired_difference(halves, halves) == pytest.approx((0.0, -d * 0.2, d * 0.2), abs=1e-6)
+
+
+def test_line_40_difference_of_paired_shares_covers_the_truth_about_95_times_in_100() -> None:
+    generator = np.random.default_rng(7)
+    covered = 0
+    for _ in range(1000):
+        shared = generator.random(80)
+        ours, theirs = shared < 0.7, np.where(generator.random(80) < 0.5, shared, generator.random(80)) < 0.6
+        estimate = statistics.paired_difference(ours, theirs)
+        covered += estimate.low <= 0.1 <= estimate.high
+    assert 0.93 <= covered / 1000 <= 0.99
