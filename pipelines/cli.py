@@ -32,6 +32,9 @@ def run(
         str, typer.Option(help="File, folder, s3://bucket/prefix or hf://name. Default: the profile's simulated rankings.")
     ] = "",
     demonstrations: Annotated[str, typer.Option(help='JSONL of {"prompt", "completion"} for SFT: file or s3:// object.')] = "",
+    pretraining: Annotated[
+        str, typer.Option(help='JSONL of {"text"} that PPO must not forget: file or s3:// object; needs pretraining_coefficient.')
+    ] = "",
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", help="A stage's setting, as stage.key=value; repeatable.", metavar="STAGE.KEY=VALUE"),
@@ -56,7 +59,8 @@ def run(
     from pipelines.local_services import default_home
 
     resolved = profile_file.load(profile, assignments or (), seed, method)
-    code = laptop.run(resolved, _absolute(rankings), _absolute(demonstrations), home or default_home(), fresh, _console())
+    sources = laptop.Sources(*map(_absolute, (rankings, demonstrations, pretraining)))
+    code = laptop.run(resolved, sources, home or default_home(), fresh, _console())
     raise typer.Exit(code)
 
 

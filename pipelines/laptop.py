@@ -8,11 +8,12 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from components.services.exits import DoNotRetry, StageFailure
+from components.services.launch import json_digest
 from components.services.storage import MARKER, Storage, join
 from components.services.tracking import PARENT_VARIABLE, client, experiment_id, mlflow_errors
 from pipelines import METHODS
@@ -22,13 +23,21 @@ from pipelines.profile import Profile
 from pipelines.supervisor import Result, Supervisor
 
 
-def run(profile: Profile, rankings: str, demonstrations: str, home: Path, fresh: bool, console: Console) -> int:
+class Sources(NamedTuple):
+    """What a run reads, each a path or URI: rankings ("" for the profile's simulated ones), and optional texts for SFT and PPO."""
+
+    rankings: str
+    demonstrations: str
+    pretraining: str
+
+
+def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Console) -> int:
     """Runs the graph once and shows it; gives the exit code.
 
     Args:
-        rankings: URI, or "" for the profile's simulated ones.
         fresh: use no cached result of KFP's.
     """
+    rankings = sources.rankings
     if not rankings and profile.simulated is None:
         raise DoNotRetry(f"profile {profile.name} brings no rankings", "give them with --rankings FILE, FOLDER, s3://… or hf://…")
     began = time.monotonic()
@@ -41,18 +50,22 @@ def run(profile: Profile, rankings: str, demonstrations: str, home: Path, fresh:
             console.print("The rankings are simulated: requests, replies and raters come from a grammar.", highlight=False)
             rankings = upload_simulated(storage, services.storage_root, profile.simulated.rankings, profile.simulated.seed)
         from components.ingest_rankings.sources import source_fingerprint
+        from components.ppo_finetune.pretraining import read_texts
         from components.train_sft.stage import fingerprint_of
 
         fingerprint = source_fingerprint(rankings)
-        sft_fingerprint = fingerprint_of(demonstrations, profile.stages["train_sft"]["base_model"], storage)
+        sft_fingerprint = fingerprint_of(sources.demonstrations, profile.stages["train_sft"]["base_model"], storage)
+        pretraining_fingerprint = json_digest(read_texts(sources.pretraining, storage)) if sources.pretraining else ""
         parent = open_parent(profile, rankings)
         name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + parent[:6]
         arguments: dict[str, Any] = {
             "rankings": rankings,
             "method": profile.method,
             "rankings_fingerprint": fingerprint,
-            "demonstrations": demonstrations,
+            "demonstrations": sources.demonstrations,
             "sft_fingerprint": sft_fingerprint,
+            "pretraining": sources.pretraining,
+            "pretraining_fingerprint": pretraining_fingerprint,
             **{f"{stage}_config": values for stage, values in profile.stages.items()},
         }
         request = {"home": str(home.resolve()), "caching": not fresh, "arguments": arguments}

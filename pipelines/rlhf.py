@@ -27,6 +27,8 @@ def rlhf(
     rankings_fingerprint: str = "",
     demonstrations: str = "",
     sft_fingerprint: str = "",
+    pretraining: str = "",
+    pretraining_fingerprint: str = "",
     ingest_rankings_config: dict = {},  # noqa: B006 - KFP stores the default, nobody can change it
     validate_data_config: dict = {},  # noqa: B006
     train_sft_config: dict = {},  # noqa: B006
@@ -44,6 +46,8 @@ def rlhf(
         rankings_fingerprint: changes whenever their content does; KFP's cache key knows parameters, not contents.
         demonstrations: JSONL for SFT; empty: SFT learns from the rankings' completions.
         sft_fingerprint: changes whenever the content of the demonstrations or of a local base model does.
+        pretraining: JSONL of plain text that PPO must not forget; needs ppo_finetune's pretraining_coefficient.
+        pretraining_fingerprint: changes whenever its content does.
         ingest_rankings_config, ...: values of the stages' settings; missing ones take their defaults.
     """
     closing = close_run()
@@ -76,6 +80,8 @@ def rlhf(
                     sft_uri=sft_uri,
                     reward_model_uri=reward_model_uri,
                     judge_model_uri=judge_model_uri,
+                    pretraining=pretraining,
+                    fingerprint=pretraining_fingerprint,
                 ).outputs["policy_uri"]
 
             def dpo() -> Any:

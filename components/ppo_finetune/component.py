@@ -14,6 +14,8 @@ def ppo_finetune(
     sft_uri: str,
     reward_model_uri: str,
     judge_model_uri: str,
+    pretraining: str,
+    fingerprint: str,
     metrics: dsl.Output[dsl.Metrics],
 ) -> NamedTuple("Outputs", policy_uri=str):  # type: ignore[valid-type]
     from components.services.launch import launch
@@ -26,6 +28,8 @@ def ppo_finetune(
             "sft_uri": sft_uri,
             "reward_model_uri": reward_model_uri,
             "judge_model_uri": judge_model_uri,
+            "pretraining": pretraining,
+            "fingerprint": fingerprint,
         },
         metrics=metrics,
     )
