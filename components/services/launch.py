@@ -210,6 +210,7 @@ def launch(
         metrics: KFP `Metrics` artifact that receives the stage's summary, or None.
         html: KFP `HTML` artifact that receives the stage's report, or None.
     """
+    _set_waiting()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     progress = Progress(stage)
     scratch = Path(tempfile.mkdtemp(prefix=f"rankloop-{stage}-"))
@@ -255,6 +256,16 @@ def launch(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _set_waiting() -> None:
+    """Lets OpenMP's threads spin for some microseconds before they sleep. Takes effect before torch is imported.
+
+    GNU's runtime spins for milliseconds by default. On two cores that is 6 % faster alone, and 3.6 times slower beside other load
+    (matrix products of 2048 x 160 x 160, medians in one run); a passive wait is 1.5 times slower alone.
+    """
+    if not os.environ.get("OMP_WAIT_POLICY"):
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def _fail(stage: str, error: BaseException, context: Context | None, progress: Progress) -> NoReturn:
     """Records why the stage failed wherever somebody may look, and exits."""
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -291,6 +302,7 @@ def _fail(stage: str, error: BaseException, context: Context | None, progress: P
 
 def main(stage: str) -> None:
     """The command line of `python -m components.<stage>`: one option per field of `Inputs` and `Config`."""
+    _set_waiting()
     module = importlib.import_module(f"components.{stage}.stage")
     parser = argparse.ArgumentParser(
         prog=f"python -m components.{stage}",
