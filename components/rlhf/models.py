@@ -320,9 +320,12 @@ def load_adapter(model: PreTrainedModel, adapter: str, folder: Path) -> tuple[in
 
 
 def adapter_bytes(folder: Path) -> int:
-    """Size of the adapter beside a saved reward model, in bytes; 0 if it has none."""
+    """Bytes of the float32 weights of the adapter beside a saved reward model; 0 if it has none."""
     path = folder / ADAPTER_FOLDER / "adapter.safetensors"
-    return path.stat().st_size if path.exists() else 0
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as weights:
+        return 4 * sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------

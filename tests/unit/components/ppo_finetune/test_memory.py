@@ -1,0 +1,75 @@
+"""What PPO says that it will take of the memory, before it loads a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from components.ppo_finetune.memory import plan
+from components.ppo_finetune.roles import load_roles
+from components.ppo_finetune.stage import Config
+from components.rlhf.memory import cache_bytes, saved_bytes, shape_only, shape_role, table, weights_bytes
+from components.rlhf.models import load_policy
+
+
+@pytest.fixture
+def config(folders: dict[str, Any]) -> Config:
+    return Config(batch_prompts=6, max_new_tokens=10, micro_batch_tokens=64, lora_rank=2 if folders["lora"] else 0, lora_alpha=4)
+
+
+def test_the_shares_of_weights_are_those_of_the_loaded_roles(folders: dict[str, Any], config: Config) -> None:
+    shares = plan(config, folders["sft"], [folders["reward"], folders["judge"]], [5, 20])
+    found = {(each.role, each.what): each.bytes for each in shares}
+    roles = load_roles(
+        folders["sft"],
+        folders["reward"],
+        folders["judge"],
+        precision="float32",
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        seed=0,
+    )
+    trained = 4 * sum(parameter.numel() for parameter in roles.policy.trainable)
+    what = "adapter" if config.lora_rank else "weights"
+    assert found["policy", what] == trained
+    assert found["policy", "AdamW's moments"] == 2 * trained
+    value = 4 * sum(parameter.numel() for parameter in roles.value.trainable)
+    assert found["value", what] == pytest.approx(value, rel=0.05)  # a head of a few hundred bytes, or a file's header
+    base = sum(share for (role, _), share in found.items() if role == "reference")
+    assert base == weights_bytes(load_policy(folders["sft"])[0])
+    assert f"{sum(found.values()) / 2**30:7.3f} GiB" in table(shares).splitlines()[-1]
+
+
+def test_what_a_forward_pass_keeps_is_counted_without_weights(folders: dict[str, Any], config: Config) -> None:
+    """The same as what autograd saves when the real model runs, but for the mask."""
+    model, _ = load_policy(folders["sft"])
+    shape = shape_only(model.config, "float32")
+    assert all(parameter.is_meta for parameter in shape.parameters())
+    assert weights_bytes(shape) == weights_bytes(model)
+    saved: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = model.base_model(input_ids=torch.ones((3, 17), dtype=torch.long), use_cache=False).last_hidden_state
+    assert kept.requires_grad
+    assert saved_bytes(shape_role(shape, 0), 3, 17) == pytest.approx(sum(saved.values()), rel=0.05)
+
+
+def test_the_plan_grows_with_micro_batches_and_the_cache_is_keys_and_values(folders: dict[str, Any], config: Config) -> None:
+    scorers = [folders["reward"], folders["judge"]]
+
+    def update(tokens: int) -> int:
+        return plan(config.model_copy(update={"micro_batch_tokens": tokens}), folders["sft"], scorers, [30])[-1].bytes
+
+    assert update(64) < update(120) < update(240) == update(10_000), "six completions of 40 tokens are all there is"
+    model, _ = load_policy(folders["sft"])
+    # 2 (keys, values) x 3 rows x 7 tokens x 2 layers x 2 heads x 8 x 2 bytes
+    assert cache_bytes(model.config, "bfloat16", 3, 7) == 2 * 3 * 7 * 2 * 2 * 8 * 2
