@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from importlib.metadata import version
@@ -108,7 +109,7 @@ def models(name: Annotated[str, typer.Option(help="Name of the registered model.
 
 def _absolute(place: str) -> str:
     """A local path as one that does not depend on the current folder; a URI, or nothing, as it is."""
-    return place if "://" in place or not place else str(Path(place).expanduser().resolve())
+    return place if "://" in place or not place else str(Path(os.path.expanduser(place)).resolve())
 
 
 def _version(value: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None,
     """
     values = _read(profile)
     described = {key: values.pop(key) for key in ("description", "method", "simulated") if key in values}
-    method = method or str(described.get("method", "ppo"))
+    method = method or described.get("method", "ppo")
     if method not in METHODS:
         raise DoNotRetry(_unknown("method", method, METHODS))
     for assignment in assignments:
@@ -75,7 +76,7 @@ def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None,
             given["seed"] = seed
         stages[stage] = parse_settings(config, given, stage).model_dump(mode="json")
     if values:
-        raise DoNotRetry(f"profile {profile}: {_unknown('stage', next(iter(values)), STAGES)}")
+        raise DoNotRetry(f"profile {profile}: {_unknown('stage', str(next(iter(values))), STAGES)}")
     simulated = described.get("simulated")
     if simulated is not None:
         simulated = parse_settings(Simulated, simulated | ({} if seed is None else {"seed": seed}), "simulated")
@@ -84,14 +85,15 @@ def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None,
 
 def _read(profile: str) -> dict[str, Any]:
     path = Path(profile) if profile.endswith((".yaml", ".yml")) else FOLDER / f"{profile}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DoNotRetry(_unknown("profile", profile, names()), "or give the path of a YAML file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML lets the errors of its own parsing of values through, such as the date 2020-99-99.
         raise DoNotRetry(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict) or not all(
-        isinstance(v, dict) for k, v in values.items() if k not in ("description", "method")
+        isinstance(value, str if key in ("description", "method") else dict) for key, value in values.items()
     ):
         raise DoNotRetry(f"{path} is not a profile", "it maps each stage to its settings; see pipelines/profiles/tiny.yaml")
     return values

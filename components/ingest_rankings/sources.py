@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -90,7 +91,7 @@ def source_fingerprint(uri: str) -> str:
             digest.update(f"{item.uri}\0{item.size_bytes}\0{item.etag}\n".encode())
     elif uri.startswith("hf://"):
         hub = _hub_name(uri)
-        if Path(hub.name).exists():
+        if os.path.exists(hub.name):
             return source_fingerprint(hub.name)
         digest.update(f"{hub.name}\0{_hub_commit(hub)}\0{hub.split}".encode())
     else:
@@ -113,8 +114,8 @@ def _is_data(name: str) -> bool:
 def _local_path(uri: str) -> Path:
     if "://" in uri:
         raise DoNotRetry(f"rankings = {uri!r}: unknown scheme", "give a local path, s3://bucket/prefix or hf://name")
-    path = Path(uri).expanduser()
-    if not uri or not path.exists():
+    path = Path(os.path.expanduser(uri))
+    if not uri or not os.path.exists(path):  # pathlib's own raise on a name that is too long, or a user who is not there
         raise DoNotRetry(f"rankings = {uri!r}: no such file or folder", f"check the path; it is taken from {Path.cwd()}")
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +31,12 @@ def read_json_lines(uri: str, storage: Storage, parse: Callable[[Any], Row], *, 
     if uri.startswith("s3://"):
         data = storage.get_bytes(uri)
     else:
-        path = Path(uri)
-        if not path.is_file():
+        if not os.path.isfile(uri):
             raise DoNotRetry(f"{what}s {uri} are not a file", "give a JSONL file or an s3:// URI")
-        data = path.read_bytes()
+        try:
+            data = Path(uri).read_bytes()
+        except OSError as error:
+            raise DoNotRetry(f"{what}s {uri} cannot be read: {error.strerror}", "give this user the right to read it") from error
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.decompress(data)
@@ -44,7 +47,7 @@ def read_json_lines(uri: str, storage: Storage, parse: Callable[[Any], Row], *, 
         if line.strip():
             try:
                 rows.append(parse(json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise DoNotRetry(f"{uri}, line {number}: not a {what} ({error})", f"each line is {form}") from error
     if not rows:
         raise DoNotRetry(f"{uri} has no {what}s")

@@ -337,5 +337,5 @@ def from_text(kind: type[Settings], name: str, text: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or brackets as deep
         return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,8 +87,8 @@ def _is_local(base_model: str) -> bool:
 
 
 def _local_folder(base_model: str) -> Path:
-    folder = Path(base_model).expanduser()
-    if not (folder / "config.json").is_file():
+    folder = Path(os.path.expanduser(base_model))
+    if not os.path.isfile(folder / "config.json"):
         raise DoNotRetry(f"{base_model} is not a model folder: it has no config.json", "correct train_sft.base_model")
     return folder
 
@@ -98,9 +99,9 @@ def find_gguf(where: str) -> Path:
     Raises:
         DoNotRetry: there is none, or the package carries several.
     """
-    path = Path(where).expanduser()
+    path = Path(os.path.expanduser(where))
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DoNotRetry(f"there is no GGUF file {path}")
         return path
     spec = importlib.util.find_spec(where) if where.isidentifier() else None
