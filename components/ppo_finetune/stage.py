@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from components.ppo_finetune.roles import Roles, load_roles, save_policy
 from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optimise, roll_out, statistics
 from components.ppo_finetune.watch import check, keep_best, over_optimised
+from components.rlhf.activations import checkpoint_activations
 from components.rlhf.models import member_folders
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
@@ -62,6 +63,8 @@ class Config(Settings):
     """Optimiser steps of one pass."""
     micro_batch_tokens: int = Field(8192, ge=64)
     """Tokens in one forward pass, padding included; changes memory and speed, not the gradient."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them: less memory, a third more work."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate of the policy."""
     value_learning_rate: float = Field(1e-3, gt=0)
@@ -227,6 +230,9 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         lora_alpha=config.lora_alpha,
         seed=config.seed,
     )
+    if config.activation_checkpointing:
+        for role in (roles.policy, roles.value):
+            checkpoint_activations(role.backbone)
     prompts, left_out = read_prompts(config, roles, folders["snapshot"])
     _log.info("%d prompts; one of them: %s", len(prompts), " ".join(roles.tokenizer.convert_ids_to_tokens(prompts[0])))
 

@@ -41,6 +41,8 @@ class Config(Settings):
     """Rankings in one optimiser step, each with all its pairs."""
     micro_batch_tokens: int = Field(8192, ge=64)
     """Tokens in one forward pass, padding included; changes memory and speed, not the gradient."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them: less memory, a third more work."""
     max_tokens: int = Field(0, ge=0)
     """Longest prompt and completion together; longer prompts are cut at the front; 0: the model's context."""
     max_rankings: int = Field(0, ge=0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from components.rlhf.accuracy_report import ScoredRanking, accuracy_report
+from components.rlhf.activations import checkpoint_activations
 from components.rlhf.ensemble_report import aggregated, ensemble_report
 from components.rlhf.models import (
     ADAPTER_FOLDER,
@@ -73,6 +74,8 @@ def train_one(
         role.activate()
     else:
         role = scorer_role(model, trainable=True)
+    if config.activation_checkpointing:
+        checkpoint_activations(role.backbone)
     train, test = (join_where_it_pays(role, each, tokenizer.pad_token_id) for each in (train, test))
     history = train_loop(config, seed, name, role, train, tokenizer.pad_token_id, context)
 
