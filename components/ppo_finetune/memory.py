@@ -16,13 +16,11 @@ from components.rlhf.memory import (
     shape_role,
     weights_bytes,
 )
-from components.rlhf.models import adapter_bytes
+from components.rlhf.models import adapter_bytes, dtype_of
 from components.rlhf.rollout import LOGIT_BYTES
 
 FLOAT_BYTES = 4  # trained weights are float32
-UNUSABLE = (
-    0.3  # of the activations: held by the allocator, but not usable again for micro-batches of another shape; 0.2 to 0.5 seen
-)
+UNUSABLE = 0.3  # of the activations: held by the allocator, not usable again for micro-batches of another shape; 0.2 to 0.5 seen
 
 
 class Knobs(Protocol):
@@ -32,6 +30,7 @@ class Knobs(Protocol):
     samples_per_prompt: int
     max_new_tokens: int
     micro_batch_tokens: int
+    activation_checkpointing: bool
     lora_rank: int
     precision: Literal["float32", "bfloat16"]
 
@@ -74,7 +73,10 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
     rows = min(samples, max(1, knobs.micro_batch_tokens // tokens))
     in_micro_batch = min(max(knobs.micro_batch_tokens, tokens), samples * tokens)  # shorter rows fill it better than the longest
     saved = saved_bytes(role, rows, tokens) * in_micro_batch // (rows * tokens)
-    backward = int(saved * (1 + UNUSABLE)) + saved // config.num_hidden_layers + 3 * LOGIT_BYTES
+    one_layer = saved // config.num_hidden_layers
+    if knobs.activation_checkpointing:  # each layer keeps its input, and one at a time is computed again
+        saved = one_layer + in_micro_batch * config.hidden_size * config.num_hidden_layers * dtype_of(knobs.precision).itemsize
+    backward = int(saved * (1 + UNUSABLE)) + one_layer + 3 * LOGIT_BYTES
     backward += max(trained, value)  # the gradient of one role at a time
     sampling = cache_bytes(config, knobs.precision, samples, tokens) * (config.num_hidden_layers + 1) // config.num_hidden_layers
     sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64

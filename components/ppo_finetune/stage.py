@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -21,29 +20,29 @@ from pydantic import Field, model_validator
 
 from components.ppo_finetune.memory import plan
 from components.ppo_finetune.pretraining import examples_of_update, read_texts, windows
+from components.ppo_finetune.prompts import read_prompts
 from components.ppo_finetune.roles import Roles, load_roles, save_policy
 from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optimise, roll_out, statistics
 from components.ppo_finetune.watch import check, keep_best, over_optimised
+from components.rlhf.activations import checkpoint_activations
 from components.rlhf.memory import GIB, peak_bytes, table
 from components.rlhf.models import context_tokens, member_folders
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
-from components.rlhf.records import iterate_snapshot, prompt_key
 from components.rlhf.reward import Aggregation
-from components.rlhf.rollout import prompt_limit
-from components.rlhf.tokens import Encoded, PromptTooLong, encode_prompt
+from components.rlhf.tokens import Encoded
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    pass
 
 _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
-    RUNTIME_ONLY = frozenset({"micro_batch_tokens", "threads", "checkpoint_seconds"})
+    RUNTIME_ONLY = frozenset({"activation_checkpointing", "micro_batch_tokens", "threads", "checkpoint_seconds"})
 
     updates: int = Field(50, ge=1)
     """PPO updates, each with fresh completions."""
@@ -71,6 +70,8 @@ class Config(Settings):
     """Optimiser steps of one pass."""
     micro_batch_tokens: int = Field(8192, ge=64)
     """Tokens in one forward pass, padding included; changes memory and speed, not the gradient."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them: less memory, a third more work."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate of the policy."""
     value_learning_rate: float = Field(1e-3, gt=0)
@@ -259,6 +260,9 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         lora_alpha=config.lora_alpha,
         seed=config.seed,
     )
+    if config.activation_checkpointing:
+        for role in (roles.policy, roles.value):
+            checkpoint_activations(role.backbone)
 
     # 2. Updates.
     progress = Progress(config, roles)
@@ -306,36 +310,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     context.storage.publish_folder(folder, uri, context.marker("policy", **facts, parents=parents))
     Checkpoints(context, "ppo", config.checkpoint_seconds).clear()
     return Outputs(uri)
-
-
-def read_prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, snapshot: Path
-) -> tuple[list[list[int]], int]:
-    """Distinct prompts of the train split as token ids, and how many were left out because they do not fit.
-
-    Raises:
-        DoNotRetry: there are fewer than one update needs.
-    """
-    put_eos = config.cut_completions == "scored"
-    limit = prompt_limit(model_config, config.max_new_tokens + put_eos, config.max_prompt_tokens)
-    distinct = {prompt_key(r.prompt): r.prompt for r in iterate_snapshot(snapshot, "train")}
-    prompts, left_out, cut = [], 0, 0
-    for key in sorted(distinct):
-        try:
-            ids, was_cut = encode_prompt(tokenizer, distinct[key], limit)
-        except PromptTooLong:
-            left_out += 1
-            continue
-        cut += was_cut
-        prompts.append(ids)
-    if left_out or cut:
-        _log.warning("%d prompts do not fit %d tokens and are left out; %d were cut at the front", left_out, limit, cut)
-    if len(prompts) < config.batch_prompts:
-        raise DoNotRetry(
-            f"{len(prompts)} prompts fit the context, and one update takes {config.batch_prompts}",
-            "bring more rankings, or lower ppo_finetune.batch_prompts or max_new_tokens",
-        )
-    return prompts, left_out
 
 
 def train(

@@ -85,6 +85,22 @@ def intervals(title: str, x_label: str, rows: Sequence[tuple[str, Mapping[str, A
     return _svg(figure, title)
 
 
+def scaling_curve(title: str, x_label: str, y_label: str, points: Sequence[tuple[int, Mapping[str, Any]]]) -> Markup:
+    """(x, {value, low, high}) joined over a logarithmic axis, each x > 0 a tick. Empty without a finite one."""
+    found = [(x, *(_number(each.get(end)) for end in ("value", "low", "high"))) for x, each in points]
+    known = [row for row in found if None not in row]
+    if not known:
+        return Markup("")
+    figure, axes = _figure(title, x_label, y_label)
+    places, values, lows, highs = zip(*known, strict=True)
+    axes.plot(places, values, color=COLOURS[0], marker="o", markersize=5, linewidth=1.4)
+    axes.vlines(places, lows, highs, color=COLOURS[0], linewidth=2)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [str(x) for x in places])
+    axes.minorticks_off()
+    return _svg(figure, title)
+
+
 def histogram(title: str, x_label: str, values: Mapping[str, Sequence[float]], bins: int = 24) -> Markup:
     """Outlines of the share of items in each bin, one per name, with common bins. Empty without a finite value."""
     kept = {name: [float(v) for v in items if math.isfinite(v)] for name, items in values.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from components.rlhf.plots import intervals, reliability_plot
+from components.rlhf.plots import intervals, reliability_plot, scaling_curve
 from components.rlhf.report_page import (
     SIMULATED,
     SIMULATED_BANNER,
@@ -45,6 +45,8 @@ def reward_model_page(
         [
             _summary(report, judge_report),
             *([_ensemble(report["ensemble"])] if "ensemble" in report else []),
+            *([_curve(report["curve"])] if "curve" in report else []),
+            *([_rater_folds(report["rater_folds"])] if "rater_folds" in report else []),
             _calibration(report, judge_report),
             Section(
                 "Accuracy by group",
@@ -91,6 +93,37 @@ def _ensemble(report: Mapping[str, Any]) -> Section:
         "Ensemble",
         [f"{report['sentence']} Everything else on this page is of the members' mean score."],
         [Table("", ["score", "pair accuracy"], rows)],
+    )
+
+
+def _curve(report: Mapping[str, Any]) -> Section:
+    points = report["points"]
+    rows: list[list[Cell]] = [[each["rankings"], interval_text(each), each["pairs"]] for each in points]
+    drawn = [(each["rankings"], each) for each in points]
+    return Section(
+        "Does more data help?",
+        [
+            report["sentence"],
+            "Each point is a model of its own that learned so many of the rankings; all are measured on the same held-out pairs.",
+        ],
+        [Table("", ["rankings", "pair accuracy", "pairs"], rows)],
+        [scaling_curve("Accuracy against rankings", "rankings learned from", "pair accuracy", drawn)],
+    )
+
+
+def _rater_folds(report: Mapping[str, Any]) -> Section:
+    rows: list[list[Cell]] = [
+        [
+            ", ".join(each["raters"]),
+            each["rankings"],
+            *(each[side][key] for side in ("held_out", "own") for key in ("value", "pairs")),
+        ]
+        for each in report["folds"]
+    ]
+    return Section(
+        "Raters never seen",
+        [report["sentence"], "For each fold a model of its own learned from the rankings of all other raters."],
+        [Table("", ["raters left out", "rankings learned", "on them", "pairs", "on its own raters", "pairs"], rows)],
     )
 
 

@@ -14,26 +14,29 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
+from components.rlhf.accuracy_report import ScoredRanking
 from components.rlhf.models import context_tokens, load_policy
-from components.rlhf.rankings import encode_rankings, split_for_judge
+from components.rlhf.rankings import EncodedRanking, encode_rankings, split_for_judge
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.reward import Ties
 from components.rlhf.tokens import Encoded, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
-from components.train_reward_model.training import ensemble, train_one
+from components.train_reward_model.studies import Plan, plan_subsets, study
+from components.train_reward_model.training import ensemble, train_and_score, train_one
 
 _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
-    RUNTIME_ONLY = frozenset({"micro_batch_tokens", "threads", "checkpoint_seconds"})
+    RUNTIME_ONLY = frozenset({"activation_checkpointing", "micro_batch_tokens", "threads", "checkpoint_seconds"})
 
     judge_fraction: float = Field(0.5, gt=0, lt=1)
     """Share of the prompts whose rankings teach the judge instead of the reward model."""
@@ -43,6 +46,8 @@ class Config(Settings):
     """Rankings in one optimiser step, each with all its pairs."""
     micro_batch_tokens: int = Field(8192, ge=64)
     """Tokens in one forward pass, padding included; changes memory and speed, not the gradient."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them: less memory, a third more work."""
     max_tokens: int = Field(0, ge=0)
     """Longest prompt and completion together; longer prompts are cut at the front; 0: the model's context."""
     max_rankings: int = Field(0, ge=0)
@@ -63,6 +68,8 @@ class Config(Settings):
     """Share of the labels taken to be the wrong way round."""
     centring: float = Field(0.0, ge=0)
     """Weight of the squared raw scores in the loss."""
+    curve_points: int = Field(0, ge=0)
+    """Does more data help? Trains also on 1/2, 1/4, 1/8 ... of the reward model's rankings, so many times; 0: no."""
     lora_rank: int = Field(0, ge=0)
     """Rank of the LoRA adapter; 0 trains all weights."""
     lora_alpha: int = Field(32, ge=1)
@@ -90,7 +97,7 @@ class Outputs(NamedTuple):
 
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
-    """1. read and divide the rankings; 2. train both models and measure them on held-out rankings; 3. publish."""
+    """1. read and divide the rankings; 2. train the models and measure them on held-out rankings; 3. studies; 4. publish."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.precision == "bfloat16" and not config.lora_rank:
@@ -114,6 +121,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         raise DoNotRetry("no held-out ranking to measure a reward model on", "raise ingest_rankings.test_fraction or max_tokens")
     chosen = train.rankings[: config.max_rankings or None]  # a snapshot's order is that of digests: as good as random
     sides = split_for_judge(chosen, config.judge_fraction)
+    plan = Plan(plan_subsets(sides[0], config.curve_points, config.batch_rankings), {})
     first = sides[0][0]
     _log.info("one ranking's best: %s", show(tokenizer, Encoded(first.prompts[0], first.completions[first.ranking.ranks.index(1)])))
     del model
@@ -125,10 +133,17 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     for number, name in enumerate(("reward", "judge", *members)):
         side = sides[name == "judge"]
         trained[name] = train_one(config, config.seed + number, name, policy, tokenizer, side, test.rankings, limit, context)
+    whole = trained["reward"].scored
     if members:
         trained["reward"] = ensemble(trained["reward"], [trained.pop(name) for name in members], config.seed)
 
-    # 3. Publish.
+    # 3. Studies, where they are asked for.
+    def learn(name: str, rankings: Sequence[EncodedRanking]) -> list[ScoredRanking]:
+        return train_and_score(config, name, policy, tokenizer, rankings, test.rankings, context)
+
+    trained["reward"].report.update(study(plan, learn, whole, len(sides[0]), config.seed))
+
+    # 4. Publish.
     from components.train_reward_model.page import reward_model_page
 
     page = context.scratch / "reward_model.html"
@@ -146,6 +161,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         role = "reward_model" if name == "reward" else "judge_model"
         parents = {"snapshot": inputs.snapshot_uri, "policy": inputs.policy_uri}
         context.storage.publish_folder(each.folder, uri, context.marker(role, **each.facts, **counts, parents=parents))
-    for name in ("reward", "judge", *members):
+    for name in ("reward", "judge", *members, *plan.names(), *(f"{each}-scores" for each in plan.names())):
         Checkpoints(context, name, 0).clear()
     return outputs

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from components.rlhf.accuracy_report import ScoredRanking, accuracy_report
+from components.rlhf.activations import checkpoint_activations
 from components.rlhf.ensemble_report import aggregated, ensemble_report
 from components.rlhf.models import (
     ADAPTER_FOLDER,
@@ -63,16 +64,7 @@ def train_one(
     context: Context,
 ) -> Trained:
     """One reward model: trained, centred, measured on the test rankings, and saved to a local folder."""
-    model = new_scorer(policy, seed, config.precision)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.score.float()
-    if config.lora_rank:
-        add_adapter(model, ADAPTER, config.lora_rank, config.lora_alpha, seed)
-        model.requires_grad_(False)
-        role = adapter_role(model, ADAPTER, model.score, trainable=True, head_trainable=True)
-        role.activate()
-    else:
-        role = scorer_role(model, trainable=True)
+    model, role = new_role(config, seed, policy, tokenizer)
     train, test = (join_where_it_pays(role, each, tokenizer.pad_token_id) for each in (train, test))
     history = train_loop(config, seed, name, role, train, tokenizer.pad_token_id, context)
 
@@ -87,10 +79,7 @@ def train_one(
     centring = Centring(sum(best) / len(best), deviation)
 
     raw_test = scores_of(role, test, tokenizer.pad_token_id, config.micro_batch_tokens)
-    scored = [
-        ScoredRanking(each.ranking, [s - centring.mean for s in scores], [len(c) for c in each.completions])
-        for each, scores in zip(test, raw_test, strict=True)
-    ]
+    scored = with_scores(test, [[s - centring.mean for s in scores] for scores in raw_test])
     report = accuracy_report(scored, seed=seed)
     folder = save_scorer(config, seed, role, model, policy, tokenizer, centring, context.scratch / name)
     facts = {
@@ -121,6 +110,53 @@ def ensemble(first: Trained, others: Sequence[Trained], seed: int) -> Trained:
     report = {**accuracy_report(mean, seed=seed), "ensemble": ensemble_report(centred, seed)}
     facts = {**first.facts, "accuracy": report["overall"], "members": [each.facts for each in members]}
     return Trained(first.folder, mean, report, first.history, facts)
+
+
+def train_and_score(
+    config: Config,
+    name: str,
+    policy: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[EncodedRanking],
+    test: Sequence[EncodedRanking],
+    context: Context,
+) -> list[ScoredRanking]:
+    """The test rankings with the raw scores of a model that learned `train` alone: the recipe and the seed are the reward model's.
+
+    The scores stay beside the checkpoints until the stage clears them, so that a killed stage trains no finished model again.
+    """
+    finished = Checkpoints(context, f"{name}-scores", 0)
+    if (raw := finished.load()) is None:
+        _, role = new_role(config, config.seed, policy, tokenizer)
+        learned, asked = (join_where_it_pays(role, each, tokenizer.pad_token_id) for each in (train, test))
+        train_loop(config, config.seed, name, role, learned, tokenizer.pad_token_id, context)
+        raw = scores_of(role, asked, tokenizer.pad_token_id, config.micro_batch_tokens)
+        finished.save(raw)
+    return with_scores(test, raw)
+
+
+def with_scores(rankings: Sequence[EncodedRanking], scores: Sequence[Sequence[float]]) -> list[ScoredRanking]:
+    """The rankings as the reports take them."""
+    return [
+        ScoredRanking(each.ranking, own, [len(c) for c in each.completions]) for each, own in zip(rankings, scores, strict=True)
+    ]
+
+
+def new_role(config: Config, seed: int, policy: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, Role]:
+    """A reward model that has learned nothing yet, and its trainable role."""
+    model = new_scorer(policy, seed, config.precision)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.score.float()
+    if config.lora_rank:
+        add_adapter(model, ADAPTER, config.lora_rank, config.lora_alpha, seed)
+        model.requires_grad_(False)
+        role = adapter_role(model, ADAPTER, model.score, trainable=True, head_trainable=True)
+        role.activate()
+    else:
+        role = scorer_role(model, trainable=True)
+    if config.activation_checkpointing:
+        checkpoint_activations(role.backbone)
+    return model, role
 
 
 def save_scorer(

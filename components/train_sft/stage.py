@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
+from components.rlhf.activations import checkpoint_activations
 from components.rlhf.likelihood import add_nll_gradient, mean_nll
 from components.rlhf.models import Role, context_tokens, policy_role, save_model
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
-    RUNTIME_ONLY = frozenset({"micro_batch_tokens", "threads", "checkpoint_seconds"})
+    RUNTIME_ONLY = frozenset({"activation_checkpointing", "micro_batch_tokens", "threads", "checkpoint_seconds"})
 
     base_model: str = ""
     """Pretrained model: local folder, s3:// folder, gguf:FILE, gguf:PACKAGE or Hub name; empty: from scratch."""
@@ -61,6 +62,8 @@ class Config(Settings):
     """Examples in one optimiser step."""
     micro_batch_tokens: int = Field(8192, ge=64)
     """Tokens in one forward pass, padding included; changes memory and speed, not the gradient."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them: less memory, a third more work."""
     learning_rate: float = Field(4e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_fraction: float = Field(0.05, ge=0, le=1)
@@ -127,6 +130,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
     # 3. Train.
     role = policy_role(model, trainable=True)
+    if config.activation_checkpointing:
+        checkpoint_activations(role.backbone)
     steps = math.ceil(config.epochs * len(encoded) / config.batch_size)
     loss = train_loop(config, role, encoded, steps, tokenizer.pad_token_id, context) if steps else None
 

@@ -1,4 +1,4 @@
-"""The stage in this process, against a real object store: ensembles and what PPO makes of them."""
+"""The stage in this process, against a real object store: ensembles and what PPO makes of them, and activations computed again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from components.ppo_finetune import stage as ppo
+from components.rlhf.activations import checkpoint_activations
 from components.rlhf.models import load_policy, member_folders, save_model
 from components.rlhf.records import SCHEMA
 from components.rlhf.scratch_model import new_model, train_tokenizer
@@ -23,7 +24,7 @@ from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
 from components.services.storage import Storage
 from components.simulated_world.generate import simulate_rankings
-from components.train_reward_model import stage
+from components.train_reward_model import stage, training
 
 PPO = {"updates": 1, "batch_prompts": 4, "max_new_tokens": 4, "epochs": 1, "max_kl_reference": 1e3, "max_same_answer_fraction": 1.0}
 
@@ -111,3 +112,26 @@ def test_line_15_members_have_seeds_of_their_own_and_ppo_optimises_what_they_say
     alone = ppo.Inputs(**{**inputs.model_dump(), "reward_model_uri": one.outputs.reward_model_uri})
     with pytest.raises(DoNotRetry, match="the reward model is no ensemble"):
         world.run(ppo, ppo.Config(**PPO, lora_rank=lora_rank, reward_aggregation="worst"), alone)
+
+
+def test_activations_computed_again_give_the_same_models(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    def spied(backbone: Any) -> None:
+        done.append(backbone)
+        checkpoint_activations(backbone)
+
+    for module in (training, ppo):
+        monkeypatch.setattr(module, "checkpoint_activations", spied)
+    models, policies = [], []
+    for number, again in enumerate((False, True)):
+        models.append(trained(world, tmp_path / str(number), activation_checkpointing=again))
+        uris = {"reward_model_uri": models[0].outputs.reward_model_uri, "judge_model_uri": models[0].outputs.judge_model_uri}
+        inputs = ppo.Inputs(snapshot_uri=world.snapshot, sft_uri=world.policy, **uris)
+        policy = world.run(ppo, ppo.Config(**PPO, activation_checkpointing=again), inputs).policy_uri
+        Storage().fetch_folder(policy, tmp_path / f"policy-{number}")
+        policies.append(load_file(tmp_path / f"policy-{number}" / "model.safetensors"))
+        assert len(done) == 4 * again  # reward model, judge, policy, value model
+    weights = [load_file(each.folder / "model.safetensors") for each in models]
+    for one, other in (weights, policies):
+        assert all(torch.equal(one[name], other[name]) for name in one)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from components.rlhf.activations import checkpoint_activations
 from components.rlhf.models import load_policy, save_model
 from components.rlhf.records import SCHEMA, Ranking
 from components.rlhf.scratch_model import new_model, train_tokenizer
@@ -217,3 +218,16 @@ def test_divergence_is_not_retried_and_publishes_nothing(steps: int, test_exampl
     with pytest.raises(DoNotRetry, match=r"SFT diverged: .*\n +remedy: lower train_sft\.learning_rate"):
         train(uri, root=uri + "-root", learning_rate=1e30, test_examples=test_examples)
     assert not [item.uri for item in Storage().list(uri + "-root/policies/")]
+
+
+def test_activations_computed_again_give_the_same_policy(snapshot: Any, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    def spied(backbone: Any) -> None:
+        done.append(backbone)
+        checkpoint_activations(backbone)
+
+    monkeypatch.setattr(stage, "checkpoint_activations", spied)
+    uri = snapshot(TRAIN + TEST)
+    assert weights(train(uri, activation_checkpointing=True)) == weights(train(uri))
+    assert len(done) == 1
