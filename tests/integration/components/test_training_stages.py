@@ -27,6 +27,7 @@ OPTIONS = {
     "train_sft": {"layers": 1, "hidden": 32, "heads": 2, "vocabulary": 400, "epochs": 2, "test_examples": 16},
     "train_reward_model": {"batch_rankings": 4},
     "ppo_finetune": {"updates": 16, "batch_prompts": 8, "max_new_tokens": 8, "epochs": 2, "max_kl_reference": 1000},
+    "dpo_finetune": {"batch_rankings": 4},
 }
 
 
@@ -71,12 +72,15 @@ def fixed(services: LocalServices, tmp_path_factory: pytest.TempPathFactory) -> 
     scorers = outputs(run("train_reward_model", root, {**snapshot, **sft}))
     ppo = {**snapshot, "sft_uri": sft["policy_uri"], **scorers}
     policy = outputs(run("ppo_finetune", root, ppo))
+    dpo = {key: value for key, value in ppo.items() if key != "reward_model_uri"}
+    learned = outputs(run("dpo_finetune", root, dpo))
     return Fixed(
-        {"train_sft": snapshot, "train_reward_model": {**snapshot, **sft}, "ppo_finetune": ppo},
+        {"train_sft": snapshot, "train_reward_model": {**snapshot, **sft}, "ppo_finetune": ppo, "dpo_finetune": dpo},
         {
             "train_sft": sft["policy_uri"],
             "train_reward_model": scorers["reward_model_uri"],
             "ppo_finetune": policy["policy_uri"],
+            "dpo_finetune": learned["policy_uri"],
         },
     )
 
@@ -129,7 +133,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(stage: str, fixed: Fixed,
     assert again.keys() == once.keys()
     for name, weights in once.items():
         assert torch.equal(weights, again[name]), name
-    if stage == "ppo_finetune":
+    if stage in ("ppo_finetune", "dpo_finetune"):
         timeless = [
             [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in (each / "training.jsonl").open()]
             for each in (folder, other)
@@ -151,7 +155,7 @@ def test_told_to_stop_it_saves_and_leaves(stage: str, number: int, code: int, fi
 
 
 def test_micro_batches_change_nothing_but_rounding(fixed: Fixed, tmp_path: Path) -> None:
-    for stage in ("train_sft", "train_reward_model"):  # PPO samples other tokens once a rounding has changed one
+    for stage in ("train_sft", "train_reward_model", "dpo_finetune"):  # PPO samples other tokens once a rounding has changed one
         root = f"s3://rankloop/micro-{stage}"
         uri = next(iter(outputs(run(stage, root, fixed.inputs[stage], micro_batch_tokens=256)).values()))
         small, _ = fetched(uri, tmp_path / f"small-{stage}")
@@ -226,13 +230,19 @@ def test_sft_learns_demonstrations_from_s3_and_a_changed_file_is_other_work(fixe
         ("ppo_finetune", {"batch_prompts": 500}, "one update takes 500"),
         ("ppo_finetune", {"max_kl_reference": 1e-9, "learning_rate": 0.05}, "KL blow-up"),
         ("ppo_finetune", {"minibatches": 9}, "9 minibatches of 8 completions"),
+        ("dpo_finetune", {"learning_rate": "1e30"}, "DPO diverged"),
+        ("dpo_finetune", {"loss": "plackett_luce", "ties": "half"}, "are of pairs"),
+        ("dpo_finetune", {"judge_model_uri": "{sft}"}, "not a judge that train_reward_model made"),
+        ("dpo_finetune", {"max_tokens": 12}, "no ranking to learn from"),
     ],
 )
 def test_what_cannot_work_is_said_and_not_retried(
     stage: str, options: dict[str, Any], said: str, fixed: Fixed, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', encoding="utf-8")
-    options = {k: v.format(folder=tmp_path) if isinstance(v, str) else v for k, v in options.items()}
+    options = {
+        k: v.format(folder=tmp_path, sft=fixed.published["train_sft"]) if isinstance(v, str) else v for k, v in options.items()
+    }
     root = f"s3://rankloop/wrong-{tmp_path.name}"
     done = run(stage, root, {**fixed.inputs[stage], **{k: v for k, v in options.items() if k.endswith("_uri")}}, **options)
     assert done.returncode == 65, done.stderr
