@@ -111,15 +111,17 @@ def rlhf(
             def of_verdict(name: str) -> Any:
                 return dsl.OneOf(after_ppo[name], after_dpo[name], after_both[name])
 
+            gate = of_verdict("gate")
             registered = {
                 "config": register_model_config,
                 "candidate_uri": of_verdict("candidate_uri"),
                 "reward_model_uri": reward_model_uri,
                 "evaluation_uri": of_verdict("evaluation_uri"),
+                "gate": gate,  # KFP exports a OneOf from its branches only where a task takes it
             }
-            with dsl.If(of_verdict("gate") == "pass", name="policy-pass"):
-                register_model(**registered, gate="pass").set_caching_options(False).set_display_name("promote")
+            with dsl.If(gate == "pass", name="policy-pass"):
+                register_model(**registered).set_caching_options(False).set_display_name("promote")
             with dsl.Else(name="policy-fail"):
-                register_model(**registered, gate="fail").set_caching_options(False).set_display_name("keep-as-challenger")
+                register_model(**registered).set_caching_options(False).set_display_name("keep-as-challenger")
         with dsl.Else(name="data-fail"):
             stop_run(stage="validate_data", reason=valid.outputs["reason"]).set_caching_options(False)

@@ -31,6 +31,7 @@ OPTIONS = {
     "train_sft": {"layers": 1, "hidden": 32, "heads": 2, "vocabulary": 400, "epochs": 2, "test_examples": 16},
     "train_reward_model": {"batch_rankings": 4},
     "ppo_finetune": {"updates": 16, "batch_prompts": 8, "max_new_tokens": 8, "epochs": 2, "max_kl_reference": 1000},
+    "dpo_finetune": {"batch_rankings": 4},
 }
 RUN_SECONDS = 180
 
@@ -147,12 +148,15 @@ def train_undisturbed(root: str) -> Undisturbed:
     scorers = run("train_reward_model", root, {**snapshot, **sft}).outputs
     ppo = {**snapshot, "sft_uri": sft["policy_uri"], **scorers}
     policy = run("ppo_finetune", root, ppo).outputs
+    dpo = {key: value for key, value in ppo.items() if key != "reward_model_uri"}
+    learned = run("dpo_finetune", root, dpo).outputs
     return Undisturbed(
-        {"train_sft": snapshot, "train_reward_model": {**snapshot, **sft}, "ppo_finetune": ppo},
+        {"train_sft": snapshot, "train_reward_model": {**snapshot, **sft}, "ppo_finetune": ppo, "dpo_finetune": dpo},
         {
             "train_sft": sft["policy_uri"],
             "train_reward_model": scorers["reward_model_uri"],
             "ppo_finetune": policy["policy_uri"],
+            "dpo_finetune": learned["policy_uri"],
         },
     )
 

@@ -164,7 +164,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     history, reference = train_loop(config, role, learned, held_out, tokenizer.pad_token_id, context)
 
     # 4. Held-out rankings, by the same report as the reward model's. Before training every implicit reward is 0.
-    after = logprobs_of(config, role, held_out, tokenizer.pad_token_id, context, "held-out rankings")
+    after = logprobs_of(config, role, held_out, tokenizer.pad_token_id)
     rewards = [config.beta * (a - b) for a, b in zip(after, reference[len(learned) :], strict=True)]
     scored = [
         ScoredRanking(each.ranking, r.tolist(), [len(c) for c in each.completions])
@@ -273,7 +273,8 @@ def train_loop(
         history = saved["history"]
         reference = list(saved["reference"].split([len(each.completions) for each in everything]))
     else:
-        reference = logprobs_of(config, role, everything, pad_id, context, "rankings seen by the reference")
+        _log.info("log-probabilities of %d rankings under the reference", len(everything))
+        reference = logprobs_of(config, role, everything, pad_id)
     order = data_order(len(rankings), steps * config.batch_rankings, config.seed)
 
     def state() -> dict[str, Any]:
@@ -348,13 +349,10 @@ def measure(rankings: Sequence[EncodedRanking], rewards: Sequence[Tensor], beta:
 
 
 @torch.no_grad()
-def logprobs_of(
-    config: Config, role: Role, rankings: Sequence[EncodedRanking], pad_id: int, context: Context, what: str
-) -> list[Tensor]:
+def logprobs_of(config: Config, role: Role, rankings: Sequence[EncodedRanking], pad_id: int) -> list[Tensor]:
     """Log-probabilities [K] of every ranking's completions under the policy as it is now, on the CPU."""
     found: dict[int, Tensor] = {}
-    groups = pack(rankings, config.micro_batch_tokens)
-    for group in context.progress.track(groups, len(groups), what):
+    for group in pack(rankings, config.micro_batch_tokens):
         each_K = group_logprobs(role, group, pad_id).cpu().split([len(each.completions) for each in group])
         found |= {id(each): logprobs_K for each, logprobs_K in zip(group, each_K, strict=True)}
     return [found[id(each)] for each in rankings]

@@ -43,7 +43,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(stage: str, undisturbed: 
     assert again.keys() == once.keys()
     for name, weights in once.items():
         assert torch.equal(weights, again[name]), name
-    if stage == "ppo_finetune":
+    if stage in ("ppo_finetune", "dpo_finetune"):
         assert timeless_history(tmp_path / "again") == timeless_history(tmp_path / "once")
     assert not list(Storage().list(root + "/checkpoints/"))
 
@@ -54,7 +54,7 @@ def test_what_only_changes_speed_and_memory_finds_the_published_result(undisturb
         assert again.uri == uri
 
 
-@pytest.mark.parametrize("stage", ["train_sft", "train_reward_model"])
+@pytest.mark.parametrize("stage", ["train_sft", "train_reward_model", "dpo_finetune"])
 def test_resumed_under_other_micro_batches_it_ends_with_the_same_weights_but_for_rounding(
     stage: str, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
@@ -177,13 +177,20 @@ def test_sft_learns_demonstrations_from_s3_and_a_changed_file_is_other_work(undi
         ("ppo_finetune", {"batch_prompts": 500}, "one update takes 500"),
         ("ppo_finetune", {"max_kl_reference": 1e-9, "learning_rate": 0.05}, "KL blow-up"),
         ("ppo_finetune", {"minibatches": 9}, "9 minibatches of 8 completions"),
+        ("dpo_finetune", {"learning_rate": "1e30"}, "DPO diverged"),
+        ("dpo_finetune", {"loss": "plackett_luce", "ties": "half"}, "are of pairs"),
+        ("dpo_finetune", {"judge_model_uri": "{sft}"}, "not a judge that train_reward_model made"),
+        ("dpo_finetune", {"max_tokens": 12}, "no ranking to learn from"),
     ],
 )
 def test_what_cannot_work_is_said_and_not_retried(
     stage: str, options: dict[str, Any], said: str, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', encoding="utf-8")
-    options = {k: v.format(folder=tmp_path) if isinstance(v, str) else v for k, v in options.items()}
+    options = {
+        k: v.format(folder=tmp_path, sft=undisturbed.published["train_sft"]) if isinstance(v, str) else v
+        for k, v in options.items()
+    }
     root = f"s3://rankloop/wrong-{tmp_path.name}"
     done = run(stage, root, {**undisturbed.inputs[stage], **{k: v for k, v in options.items() if k.endswith("_uri")}}, **options)
     assert done.returncode == 65, done.stderr
