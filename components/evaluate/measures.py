@@ -88,7 +88,8 @@ def measure(answers: Mapping[str, Sequence[Answer]], log_ratios: Sequence[float]
         of_sft = found[f"distinct_{n}_sft"].value
         ratio = found[f"distinct_{n}_candidate"].value / of_sft if of_sft > 0 else math.nan
         found[f"distinct_{n}_ratio"] = _point(ratio)
-    found["self_bleu_increase"] = _point(found["self_bleu_candidate"].value - found["self_bleu_sft"].value)
+    apart, sft_apart = (1 - found[f"self_bleu_{policy}"].value for policy in ("candidate", "sft"))
+    found["dissimilarity_ratio"] = _point(apart / sft_apart if sft_apart > 0 else math.nan)
     found["eos_fraction"] = found["eos_fraction_candidate"]
     if "true" in candidate[0].scores:
         everything = [answer for given in answers.values() for answer in given]

@@ -77,8 +77,8 @@ class Config(Settings):
     """Largest mean length, relative to SFT's."""
     min_eos_fraction: float = Field(0.8, ge=0, le=1, allow_inf_nan=False)
     """Smallest share of the candidate's answers that end within max_new_tokens."""
-    max_self_bleu_increase: float = Field(0.2, ge=0, le=1, allow_inf_nan=False)
-    """How far the candidate's self-BLEU may be above SFT's."""
+    min_dissimilarity_ratio: float = Field(0.25, ge=0, allow_inf_nan=False)
+    """Smallest 1 - self-BLEU, relative to SFT's."""
     max_answer_perplexity_ratio: float = Field(1.5, gt=0, allow_inf_nan=False)
     """Largest perplexity of the candidate's answers under SFT, relative to SFT's own answers."""
     max_perplexity_ratio: float = Field(1.5, gt=0, allow_inf_nan=False)
@@ -218,7 +218,7 @@ def thresholds_of(config: Config, compared: bool, probed: bool) -> dict[str, flo
         "min_distinct_2_ratio": config.min_distinct_2_ratio,
         "max_length_ratio": config.max_length_ratio,
         "min_eos_fraction": config.min_eos_fraction,
-        "max_self_bleu_increase": config.max_self_bleu_increase,
+        "min_dissimilarity_ratio": config.min_dissimilarity_ratio,
         "max_answer_perplexity_ratio": config.max_answer_perplexity_ratio,
         "max_perplexity_ratio": config.max_perplexity_ratio,
         "max_harmful_refusal_drop": config.max_harmful_refusal_drop if probed else None,

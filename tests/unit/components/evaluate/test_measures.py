@@ -58,7 +58,7 @@ def test_measures_by_hand() -> None:
     # "p q p q" twice and "r s", "t" on our side; SFT's share no word. Two of four are repeated, the others have nothing in common.
     assert found["self_bleu_candidate"]["value"] == pytest.approx(2 / 4)
     assert found["self_bleu_sft"]["value"] == 0.0
-    assert found["self_bleu_increase"]["value"] == pytest.approx(0.5)
+    assert found["dissimilarity_ratio"]["value"] == pytest.approx(0.5)
     json.dumps(found, allow_nan=False)
 
 
@@ -103,7 +103,7 @@ def test_a_score_that_is_not_finite_fails_the_gate_instead_of_counting_as_a_loss
         "min_distinct_2_ratio": 0.5,
         "max_length_ratio": 2.0,
         "min_eos_fraction": 0.5,
-        "max_self_bleu_increase": 0.2,
+        "min_dissimilarity_ratio": 0.5,
         "max_answer_perplexity_ratio": 1.5,
         "max_perplexity_ratio": 1.5,
         "max_harmful_refusal_drop": None,
@@ -204,3 +204,11 @@ def test_sample_record() -> None:
     assert record["answers"]["sft"]["scores"]["judge"] is None
     assert record["answers"]["candidate"] == {"text": "a", "tokens": 5, "ended": True, "scores": {"judge": 1.0, "reward": 2.0}}
     json.dumps(record, allow_nan=False)
+
+
+def test_line_40_answers_that_are_all_alike_have_no_dissimilarity_left() -> None:
+    various = [answer(f"a {i} b {i}", 1.0) for i in range(6)]
+    alike = [answer("a 1 b 1", 1.0) for _ in range(6)]
+    assert measure({"candidate": alike, "sft": various}, [0.0] * 6, 0, 200)["dissimilarity_ratio"]["value"] == pytest.approx(0)
+    assert measure({"candidate": various, "sft": various}, [0.0] * 6, 0, 200)["dissimilarity_ratio"]["value"] == pytest.approx(1)
+    assert measure({"candidate": various, "sft": alike}, [0.0] * 6, 0, 200)["dissimilarity_ratio"]["value"] is None
