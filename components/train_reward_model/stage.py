@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.rlhf.accuracy_report import ScoredRanking
 from components.rlhf.models import context_tokens, load_policy
@@ -29,7 +29,7 @@ from components.rlhf.tokens import Encoded, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
-from components.train_reward_model.studies import Plan, plan_subsets, study
+from components.train_reward_model.studies import Plan, plan_folds, plan_subsets, study
 from components.train_reward_model.training import ensemble, train_and_score, train_one
 
 _log = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ class Config(Settings):
     """Weight of the squared raw scores in the loss."""
     curve_points: int = Field(0, ge=0)
     """Does more data help? Trains also on 1/2, 1/4, 1/8 ... of the reward model's rankings, so many times; 0: no."""
+    rater_folds: int = Field(0, ge=0)
+    """Does it hold for raters never seen? Folds of raters that a model of the others' rankings is measured on; 0: no."""
     lora_rank: int = Field(0, ge=0)
     """Rank of the LoRA adapter; 0 trains all weights."""
     lora_alpha: int = Field(32, ge=1)
@@ -82,6 +84,12 @@ class Config(Settings):
     """CPU threads of torch; 0 leaves its default."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Time between checkpoints, in seconds; 0 saves one after every step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.rater_folds == 1:
+            raise ValueError("one fold leaves nobody to learn from: set rater_folds to 2 or more, or to 0")
+        return self
 
 
 class Inputs(Settings):
@@ -121,7 +129,10 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         raise DoNotRetry("no held-out ranking to measure a reward model on", "raise ingest_rankings.test_fraction or max_tokens")
     chosen = train.rankings[: config.max_rankings or None]  # a snapshot's order is that of digests: as good as random
     sides = split_for_judge(chosen, config.judge_fraction)
-    plan = Plan(plan_subsets(sides[0], config.curve_points, config.batch_rankings), {})
+    plan = Plan(
+        plan_subsets(sides[0], config.curve_points, config.batch_rankings),
+        plan_folds(sides[0], test.rankings, config.rater_folds, config.seed),
+    )
     first = sides[0][0]
     _log.info("one ranking's best: %s", show(tokenizer, Encoded(first.prompts[0], first.completions[first.ranking.ranks.index(1)])))
     del model

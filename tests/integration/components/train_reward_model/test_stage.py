@@ -1,8 +1,9 @@
-"""The stage in this process, against a real object store: ensembles and what PPO makes of them, and activations computed again."""
+"""The stage in this process, against a real object store: ensembles and PPO on them, activations computed again, studies."""
 
 from __future__ import annotations
 
 import json
+import signal
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,12 @@ from components.rlhf.activations import checkpoint_activations
 from components.rlhf.models import load_policy, member_folders, save_model
 from components.rlhf.records import SCHEMA
 from components.rlhf.scratch_model import new_model, train_tokenizer
-from components.services.exits import DoNotRetry
-from components.services.launch import Context, Settings
+from components.services.exits import DoNotRetry, Retry
+from components.services.launch import Context, Settings, parse_settings
 from components.services.storage import Storage
 from components.simulated_world.generate import simulate_rankings
 from components.train_reward_model import stage, training
+from components.train_reward_model.training import accumulate
 
 PPO = {"updates": 1, "batch_prompts": 4, "max_new_tokens": 4, "epochs": 1, "max_kl_reference": 1e3, "max_same_answer_fraction": 1.0}
 
@@ -34,7 +36,7 @@ class World(NamedTuple):
 
     snapshot: str
     policy: str
-    run: Callable[[Any, Settings, Settings], Any]
+    run: Callable[..., Any]
 
 
 class Published(NamedTuple):
@@ -59,19 +61,22 @@ def world(services: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
     Storage().publish_folder(home / "policy", policy, {"role": "policy"})
     Storage().publish_folder(home / "snapshot", snapshot, {"role": "rankings"})
 
-    def run(module: Any, config: Settings, inputs: Settings) -> Any:
+    def run(module: Any, config: Settings, inputs: Settings, root: str = "", contexts: list[Context] | None = None) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RANKLOOP_STORAGE", f"s3://rankloop/rm/{uuid.uuid4().hex}")
+            patch.setenv("RANKLOOP_STORAGE", root or f"s3://rankloop/rm/{uuid.uuid4().hex}")
             scratch = home / uuid.uuid4().hex
             scratch.mkdir()
-            return module.run(config, inputs, Context(module.__name__.split(".")[1], config, inputs, scratch))
+            context = Context(module.__name__.split(".")[1], config, inputs, scratch)
+            if contexts is not None:
+                contexts.append(context)
+            return module.run(config, inputs, context)
 
     return World(snapshot, policy, run)
 
 
-def trained(world: World, folder: Path, **config: Any) -> Published:
+def trained(world: World, folder: Path, root: str = "", contexts: list[Context] | None = None, **config: Any) -> Published:
     settings = stage.Config(**{"batch_rankings": 8, "threads": 1, **config})
-    outputs = world.run(stage, settings, stage.Inputs(snapshot_uri=world.snapshot, policy_uri=world.policy))
+    outputs = world.run(stage, settings, stage.Inputs(snapshot_uri=world.snapshot, policy_uri=world.policy), root, contexts)
     marker = Storage().fetch_folder(outputs.reward_model_uri, folder)
     return Published(outputs, folder, marker, json.loads((folder / "accuracy.json").read_text(encoding="utf-8")))
 
@@ -135,3 +140,55 @@ def test_activations_computed_again_give_the_same_models(world: World, tmp_path:
     weights = [load_file(each.folder / "model.safetensors") for each in models]
     for one, other in (weights, policies):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_line_14_studies_change_no_model_and_a_stopped_one_goes_on_where_it_was(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"curve_points": 1, "rater_folds": 2, "checkpoint_seconds": 3600, "batch_rankings": 4}
+    root = f"s3://rankloop/rm/{uuid.uuid4().hex}"
+    contexts: list[Context] = []
+    steps: list[int] = []
+    stop_at = 0
+
+    def counted(*arguments: Any) -> tuple[float, float]:
+        steps.append(1)
+        if len(steps) == stop_at:
+            contexts[-1].on_signal(signal.SIGTERM, None)
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(training, "accumulate", counted)
+    plain = trained(world, tmp_path / "plain", batch_rankings=4)
+    mains, steps = len(steps), []
+    whole = trained(world, tmp_path / "whole", **config)
+    uninterrupted, steps = len(steps), []
+    for place in (mains + 2, mains + uninterrupted - 1):  # in the subset of the curve, and in the last fold
+        stop_at = place
+        with pytest.raises(Retry, match="its checkpoint is saved"):
+            trained(world, tmp_path / "stopped", root, contexts, **config)
+    stop_at = 0
+    again = trained(world, tmp_path / "again", root, contexts, **config)
+    assert len(steps) == uninterrupted + 2 * mains, "only reward model and judge are trained again: they had no checkpoint yet"
+    assert again.report == whole.report
+    for name, weights in load_file(plain.folder / "model.safetensors").items():
+        assert torch.equal(weights, load_file(again.folder / "model.safetensors")[name])
+    assert {key: value for key, value in whole.report.items() if key not in ("curve", "rater_folds")} == plain.report
+    assert not list(Storage().list(root + "/checkpoints/"))
+
+    curve, folds = whole.report["curve"], whole.report["rater_folds"]["folds"]
+    assert curve["points"][1]["value"] == plain.report["overall"]["value"]
+    assert [each["rankings"] for each in curve["points"]] == [plain.marker["rankings"] // 2, plain.marker["rankings"]]
+    assert sum(each["rankings"] for each in folds) == plain.marker["rankings"], "of two folds each ranking is learned in one"
+    assert sum(each["held_out"]["pairs"] for each in folds) == plain.report["overall"]["pairs"]
+
+
+def test_line_14_a_study_that_cannot_work_is_refused_before_anything_is_trained(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "accumulate", None)
+    with pytest.raises(DoNotRetry, match="rater_folds = 13, but the rankings are by 12 rater"):
+        trained(world, tmp_path, rater_folds=13)
+    with pytest.raises(DoNotRetry, match="fewer than one batch of 8"):
+        trained(world, tmp_path, curve_points=4)
+    with pytest.raises(DoNotRetry, match="one fold leaves nobody to learn from"):
+        parse_settings(stage.Config, {"rater_folds": 1}, "train_reward_model")
