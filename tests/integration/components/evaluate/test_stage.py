@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,14 +98,16 @@ def world(services: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
         pq.write_table(table, folder / "part-00000.parquet")
         return publish(folder, "rankings")
 
-    def publish_policy(trained: bool, updates: int = 0, other_vocabulary: bool = False) -> str:
+    def publish_policy(
+        trained: bool, updates: int = 0, other_vocabulary: bool = False, record: Sequence[dict[str, float]] = ()
+    ) -> str:
         own = words if other_vocabulary else tokenizer
         model = new_model(own, layers=1, hidden=16, heads=2, context_tokens=CONTEXT_TOKENS, seed=0)
         if trained:
             teach(model, own)
         folder = home / uuid.uuid4().hex
         save_model(model, own, folder)
-        records = [
+        records = list(record) or [
             {"update": i, "reward": i / 9, "judge_reward": i / 20, "kl_reference": i / 3, "chosen": i == 5} for i in range(updates)
         ]
         if records:
@@ -203,7 +205,7 @@ def champion() -> Iterator[Callable[..., str]]:
 
 def test_without_champion_everything_is_published_and_logged(world: World, tmp_path: Path) -> None:
     outputs, evaluation, context = evaluate(tmp_path, world.inputs(), truth="simulated")
-    assert outputs == ("pass", outputs.evaluation_uri, "")
+    assert outputs == ("pass", outputs.evaluation_uri, "", world.candidate)
     assert context.storage.get_json(outputs.evaluation_uri + "/rankloop.json")["role"] == "evaluation"
     assert {name: evaluation[name] for name in world.inputs()} == world.inputs()
     assert (evaluation["champion_version"], evaluation["champion_uri"], evaluation["same_as_champion"]) == ("", "", False)
@@ -303,7 +305,52 @@ def test_the_champion_itself_has_nobody_to_beat(world: World, champion: Callable
     assert evaluation["same_as_champion"]
     assert evaluation["thresholds"]["min_win_rate_over_champion"] is None
     assert "win_rate_over_champion" not in evaluation["measures"]
-    assert outputs == ("pass", outputs.evaluation_uri, "1")
+    assert outputs == ("pass", outputs.evaluation_uri, "1", world.candidate)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_two_candidates_the_judges_choice_is_evaluated_on_other_prompts(world: World, swapped: bool, tmp_path: Path) -> None:
+    """The candidate against SFT itself: the judge likes the candidate, whichever of both is named first."""
+    both = (world.sft, world.candidate) if swapped else (world.candidate, world.sft)
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs(candidate_uri=both[0], rival_uri=both[1]), prompts=10)
+    assert outputs.candidate_uri == evaluation["candidate_uri"] == world.candidate
+    assert evaluation["rival_uri"] == world.sft
+    assert [each["uri"] for each in evaluation["choice"]["candidates"]] == [world.candidate, world.sft]
+    alone, usual, _ = evaluate(tmp_path, world.inputs(), prompts=10)
+    assert (alone.candidate_uri, usual["choice"]) == (world.candidate, None)
+    assert evaluation["measures"] == usual["measures"], "the verdict asks what it always asks, as long as there are enough prompts"
+    assert evaluation["choice"]["prompts"] == 10
+    scores = [each["judge_score"]["value"] for each in evaluation["choice"]["candidates"]]
+    assert scores[0] > scores[1]
+    assert scores[0] != usual["measures"]["judge_score_candidate"]["value"], "the choice was made on other prompts"
+    page = context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode()
+    assert "Choice between two candidates" in page
+    assert "Reward against √KL" in page, "the training record is the chosen one's"
+
+
+def test_with_few_prompts_choice_and_verdict_share_them(world: World, tmp_path: Path) -> None:
+    outputs, evaluation, _ = evaluate(tmp_path, world.inputs(rival_uri=world.sft), prompts=1000)
+    total = len({prompt_key(ranking.prompt) for ranking in simulated(40)})
+    assert evaluation["prompts"]["answered"] + evaluation["choice"]["prompts"] == total
+    assert abs(evaluation["prompts"]["answered"] - evaluation["choice"]["prompts"]) <= 1
+    assert outputs.candidate_uri == world.candidate
+
+
+def test_a_candidate_beyond_a_bound_loses_against_one_within(world: World, tmp_path: Path) -> None:
+    """SFT's KL to itself is 0; the candidate's is not, and the judge likes it."""
+    _, evaluation, _ = evaluate(tmp_path, world.inputs(rival_uri=world.sft), prompts=10, max_kl_reference=1e-6)
+    first, second = evaluation["choice"]["candidates"]
+    assert (first["uri"], first["broken"]) == (world.sft, [])
+    assert (second["uri"], second["broken"]) == (world.candidate, ["kl_reference"])
+
+
+def test_a_candidate_that_dpo_made_shows_its_own_curves(world: World, tmp_path: Path) -> None:
+    record = [{"step": i, "loss": 0.7 - i / 20, "accuracy": 0.5 + i / 20, "margin": i / 10} for i in range(6)]
+    uri = world.publish_policy(True, record=record)
+    outputs, _, context = evaluate(tmp_path, world.inputs(candidate_uri=uri))
+    page = context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode()
+    assert "Training with DPO" in page
+    assert "Training with PPO" not in page
 
 
 def test_another_alias_is_no_champion(world: World, champion: Callable[..., str], tmp_path: Path) -> None:
