@@ -30,6 +30,7 @@ from components.rlhf.models import context_tokens, member_folders
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
 from components.rlhf.reward import Aggregation
+from components.rlhf.rollout import Completion
 from components.rlhf.tokens import Encoded
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
@@ -347,8 +348,8 @@ def train(
 
 def one_update(
     config: Config, progress: Progress, prompts: list[list[int]], last: bool, pretraining: Sequence[Encoded] = ()
-) -> None:
-    """Rolls out, measures, keeps the policy if it is the best so far and, unless it is the last, optimises."""
+) -> list[Completion]:
+    """Rolls out, measures, keeps the policy if it is the best so far and, unless it is the last, optimises; gives the answers."""
     watch = Stopwatch()
     completions = roll_out(config, progress.roles, prompts, progress.sampling)
     watch.lap("rollout")
@@ -370,3 +371,4 @@ def one_update(
         progress.beta = next_beta(
             progress.beta, row["kl_reference"], target=config.kl_target, samples=len(completions), horizon=config.kl_horizon
         )
+    return completions

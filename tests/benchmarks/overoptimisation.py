@@ -1,0 +1,196 @@
+"""Over-optimisation on the simulated world, as in Gao 2022: truth, reward model and judge against the square root of KL.
+
+    python -m tests.benchmarks.overoptimisation --home FOLDER --study sweep --seeds 0 1 2 3 4
+    python -m tests.benchmarks.overoptimisation --home FOLDER --study ensemble --seeds 0 1 2 3 4
+
+`sweep` varies beta and the number of rankings that reward model and judge learn from. `ensemble` turns a quarter of all rankings
+round and lets PPO optimise one reward model, or the mean, the worst, or the mean minus the variance of four (Coste 2023). PPO runs
+to its last update, whatever the judge says, so that the whole curve is seen; what the judge's stop and choice would have kept is
+read off it. Truth is the mean over the update's own answers. The stages are those of the profile `tiny`, with its settings but for
+those above. A run that was stopped goes on: FOLDER keeps every artifact, and a line for each curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+
+from components.ppo_finetune.prompts import read_prompts
+from components.ppo_finetune.roles import load_roles
+from components.ppo_finetune.stage import Config, Progress, one_update
+from components.ppo_finetune.watch import over_optimised
+from components.rlhf.optimisation import data_order
+from components.rlhf.records import iterate_snapshot, prompt_key
+from components.services.launch import json_digest
+from components.services.storage import Storage
+from components.simulated_world import truth
+from components.simulated_world.generate import write_rankings
+from pipelines.local_services import LocalServices, environment_of
+from pipelines.profile import Profile, load
+from tests.benchmarks.methods import Row, run_stage, spread
+
+FLIPPED = 0.25
+SMOOTH = 5  # updates
+
+
+class Variant(NamedTuple):
+    """One curve: its name, what differs in the reward model's and in PPO's settings, and whether rankings are turned round."""
+
+    name: str
+    reward_model: dict[str, Any]
+    ppo: dict[str, Any]
+    flipped: bool = False
+
+
+FREE: dict[str, Any] = {"kl_target": 0.0, "judge_tolerance": 1e9, "max_kl_reference": 1e9, "max_same_answer_fraction": 1.0}
+STUDIES = {
+    "sweep": [
+        Variant(f"beta {beta:g}, {rankings or 'all'} rankings", {"max_rankings": rankings}, {**FREE, "beta": beta})
+        for rankings in (300, 0)
+        for beta in (0.0, 0.03, 0.1)
+    ],
+    "ensemble": [
+        Variant("one", {}, {**FREE, "beta": 0.0}, True),
+        *(
+            Variant(how, {"ensemble_members": 4}, {**FREE, "beta": 0.0, "reward_aggregation": how}, True)
+            for how in ("mean", "worst", "mean_minus_variance")
+        ),
+    ],
+}
+
+
+def turned_round(path: Path, seed: int) -> None:
+    """Reverses the order of a quarter of the rankings in a file, drawn by the seed."""
+    rng = random.Random(f"flip-{seed}")
+    rows = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
+    for row in rows:
+        if rng.random() < FLIPPED:
+            row["ranks"] = [max(row["ranks"]) + 1 - rank for rank in row["ranks"]]
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def curve(profile: Profile, variant: Variant, updates: int) -> list[Row]:
+    """What each update measured: kl_reference, reward, judge_reward, truth, and whether PPO would have stopped."""
+    assert profile.simulated is not None
+    stages, seed = profile.stages, profile.simulated.seed
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = folder / "rankings.jsonl.gz"
+        write_rankings(file, profile.simulated.rankings, seed)
+        clean = run_stage("ingest_rankings", stages["ingest_rankings"], {"rankings": str(file)}).snapshot_uri
+        sft = run_stage("train_sft", stages["train_sft"], {"snapshot_uri": clean}).policy_uri
+        snapshot = clean
+        if variant.flipped:
+            turned_round(file, seed)
+            snapshot = run_stage("ingest_rankings", stages["ingest_rankings"], {"rankings": str(file)}).snapshot_uri
+        settings = {**stages["train_reward_model"], **variant.reward_model}
+        scorers = run_stage("train_reward_model", settings, {"snapshot_uri": snapshot, "policy_uri": sft})
+        uris = {"snapshot": snapshot, "sft": sft, "reward": scorers.reward_model_uri, "judge": scorers.judge_model_uri}
+        for kind, uri in uris.items():
+            Storage().fetch_folder(uri, folder / kind)
+        config = Config(**{**stages["ppo_finetune"], **variant.ppo, "updates": updates})
+        roles = load_roles(
+            *(folder / kind for kind in ("sft", "reward", "judge")), precision="float32", lora_rank=0, lora_alpha=32, seed=seed
+        )
+        prompts, _ = read_prompts(config, roles.tokenizer, roles.model.config, folder / "snapshot")
+        asked = {prompt_key(r.prompt): r.prompt for r in iterate_snapshot(folder / "snapshot", "train")}
+        messages = [asked[key] for key in sorted(asked)]
+        assert len(messages) == len(prompts), "a prompt was left out"
+    progress = Progress(config, roles)
+    stop = config.model_copy(update={"judge_tolerance": stages["ppo_finetune"]["judge_tolerance"]})
+    order = data_order(len(prompts), (updates + 1) * config.batch_prompts, config.seed)
+    rows: list[Row] = []
+    for update in range(updates + 1):
+        chosen = order[update * config.batch_prompts : (update + 1) * config.batch_prompts]
+        completions = one_update(config, progress, [prompts[i] for i in chosen], last=update == updates)
+        true = [truth.score(messages[i], completion.text) for i, completion in zip(chosen, completions, strict=True)]
+        row = progress.history[-1]
+        rows.append({key: row[key] for key in ("update", "kl_reference", "reward", "judge_reward")})
+        rows[-1] |= {"truth": statistics.fmean(true), "best_update": progress.best_update, "stops": over_optimised(stop, progress)}
+    return rows
+
+
+def smoothed(rows: list[Row], update: int) -> float:
+    """Truth, averaged over the updates around one."""
+    return statistics.fmean(row["truth"] for row in rows[max(0, update - SMOOTH // 2) : update + SMOOTH // 2 + 1])
+
+
+def summary(rows: list[Row]) -> dict[str, float]:
+    """Truth at the start, at its best, at the end, and where the judge's stop and choice leave it; how far from SFT each is."""
+    ended = next((row["update"] for row in rows if row["stops"]), len(rows) - 1)
+    kept = rows[ended]["best_update"]
+    best = max(range(len(rows)), key=lambda update: smoothed(rows, update))
+    found = {
+        name: smoothed(rows, update) for name, update in (("start", 0), ("best", best), ("kept", kept), ("end", len(rows) - 1))
+    }
+    return {**found, "kept_fraction": found["kept"] / found["best"], "best_kl": rows[best]["kl_reference"], "kept_update": kept}
+
+
+def table(curves: dict[tuple[str, int], list[Row]], seeds: list[int], names: list[str]) -> str:
+    keys = ("start", "best", "best_kl", "end", "kept", "kept_fraction")
+    lines = ["| variant | " + " | ".join(keys) + " | least kept |", "|---|" + "---|" * (len(keys) + 1)]
+    for name in names:
+        found = [summary(curves[name, seed]) for seed in seeds]
+        cells = [spread([each[key] for each in found]) for key in keys]
+        lines.append(f"| {name} | {' | '.join(cells)} | {min(each['kept_fraction'] for each in found):.3f} |")
+    return "\n".join(lines)
+
+
+def picture(curves: dict[tuple[str, int], list[Row]], seeds: list[int], names: list[str], path: Path) -> None:
+    """A panel for each variant: the means over seeds of truth, reward and judge, update by update, at their mean root of KL."""
+    figure = Figure(figsize=(4 * min(3, len(names)), 3 * -(-len(names) // 3)), layout="constrained")
+    axes = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False, sharex=True).flat
+    for name, axis in zip(names, axes, strict=False):
+        means = [
+            {key: statistics.fmean(row[key] for row in each) for key in ("kl_reference", "truth", "reward", "judge_reward")}
+            for each in zip(*(curves[name, seed] for seed in seeds), strict=True)
+        ]
+        root = [max(0.0, row["kl_reference"]) ** 0.5 for row in means]
+        for key, label in (("truth", "truth"), ("reward", "reward model"), ("judge_reward", "judge")):
+            axis.plot(root, [row[key] for row in means], label=label)
+        axis.set(title=name, xlabel="√KL to SFT, √nats")
+    figure.axes[0].legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--home", type=Path, required=True, help="folder of the local store and of the curves")
+    parser.add_argument("--study", choices=list(STUDIES), required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    a = parser.parse_args()
+    a.home.mkdir(parents=True, exist_ok=True)
+    results = a.home / "curves.jsonl"
+    done = {row["work"]: row["curve"] for row in map(json.loads, results.open())} if results.exists() else {}
+    torch.set_num_threads(a.threads)
+    threads = [f"{stage}.threads={a.threads}" for stage in ("train_sft", "train_reward_model", "ppo_finetune")]
+    curves: dict[tuple[str, int], list[Row]] = {}
+    with LocalServices(a.home) as services, environment_of(services):
+        for seed in a.seeds:
+            profile = load("tiny", threads, seed)
+            for variant in STUDIES[a.study]:
+                work = json_digest([profile.model_dump(mode="json"), variant, a.updates])[:16]
+                if work not in done:
+                    done[work] = curve(profile, variant, a.updates)
+                    with results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({"work": work, "name": variant.name, "seed": seed, "curve": done[work]}) + "\n")
+                curves[variant.name, seed] = done[work]
+    names = [variant.name for variant in STUDIES[a.study]]
+    picture(curves, a.seeds, names, a.home / f"{a.study}.svg")
+    print(table(curves, a.seeds, names))
+
+
+if __name__ == "__main__":
+    main()
