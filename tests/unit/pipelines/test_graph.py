@@ -69,3 +69,27 @@ def test_what_depends_on_the_registry_is_never_cached(document: dict[str, Any]) 
         "dpo-finetune",
         "dpo-finetune-2",
     }
+
+
+def test_mistake_deployment_a_version_is_promoted_after_its_verdict_only(document: dict[str, Any]) -> None:
+    """Another project's graph deploys beside its evaluation: nothing connects the two."""
+    from tests.golden.write import shape
+
+    def evaluates(name: str, task: dict[str, Any]) -> bool:
+        return name.startswith("evaluate") or any(evaluates(*each) for each in task.get("tasks", {}).items())
+
+    found: dict[str, tuple[bool, str]] = {}
+
+    def walk(tasks: dict[str, Any], after_a_verdict: bool, when: str) -> None:
+        for name, task in tasks.items():
+            waits = after_a_verdict or any(evaluates(each, tasks[each]) for each in task["after"])
+            condition = task["when"] or when
+            if name.startswith("register-model"):
+                assert task["inputs"]["evaluation_uri"].startswith("parent: "), "not a constant"
+                found[task["inputs"]["gate"]] = waits, condition
+            walk(task.get("tasks", {}), waits, condition)
+
+    walk(shape(document)["tasks"], False, "")
+    assert {gate: waits for gate, (waits, _) in found.items()} == {"constant: pass": True, "constant: fail": True}
+    assert found["constant: pass"][1].endswith("== 'pass'")
+    assert found["constant: fail"][1] == f"!({found['constant: pass'][1]})"
