@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from components.rlhf.records import SCHEMA
 from components.services import progress
 from components.services.launch import main
-from components.services.storage import Storage
+from components.services.storage import MARKER, Storage
 from components.simulated_world.generate import simulate_rankings
 
 OPTIONS = {
@@ -33,7 +33,7 @@ OPTIONS = {
     "ppo_finetune": {"updates": 16, "batch_prompts": 8, "max_new_tokens": 8, "epochs": 2, "max_kl_reference": 1000},
     "dpo_finetune": {"batch_rankings": 4},
 }
-RUN_SECONDS = 180
+RUN_SECONDS = 300
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
@@ -130,14 +130,18 @@ def run(stage: str, root: str, inputs: dict[str, str], **options: Any) -> Ended:
 
 
 class Undisturbed(NamedTuple):
-    """Inputs of each training stage, and the first thing that it published without interruption."""
+    """Inputs of each training stage, and its outputs without interruption."""
 
     inputs: dict[str, dict[str, str]]
-    published: dict[str, str]
+    outputs: dict[str, dict[str, str]]
+
+    def uri(self, stage: str) -> str:
+        """The first thing that the stage published."""
+        return next(iter(self.outputs[stage].values()))
 
 
 def train_undisturbed(root: str) -> Undisturbed:
-    """Runs the training stages one after the other on 120 simulated rankings, with files below `root`."""
+    """Runs the training stages one after the other on 120 simulated rankings; everything is below `root`."""
     empty = {"confidence": None}
     rows = [{**empty, **record, "ranking_id": str(i)} for i, record in enumerate(simulate_rankings(120, seed=0))]
     snapshot = {"snapshot_uri": root + "/snapshot"}
@@ -152,12 +156,7 @@ def train_undisturbed(root: str) -> Undisturbed:
     learned = run("dpo_finetune", root, dpo).outputs
     return Undisturbed(
         {"train_sft": snapshot, "train_reward_model": {**snapshot, **sft}, "ppo_finetune": ppo, "dpo_finetune": dpo},
-        {
-            "train_sft": sft["policy_uri"],
-            "train_reward_model": scorers["reward_model_uri"],
-            "ppo_finetune": policy["policy_uri"],
-            "dpo_finetune": learned["policy_uri"],
-        },
+        {"train_sft": sft, "train_reward_model": scorers, "ppo_finetune": policy, "dpo_finetune": learned},
     )
 
 
@@ -167,7 +166,26 @@ def fetched(uri: str, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def timeless_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `training.jsonl` without what a clock says."""
-    lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if "second" not in key} for line in lines]
+def contents(uri: str) -> dict[str, Any]:
+    """Every file of a published folder: its bytes, or of the two that hold measurements of the machine what they say besides."""
+    files: dict[str, Any] = {}
+    for item in Storage().list(uri + "/"):
+        name, data = item.uri.removeprefix(uri + "/"), Storage().get_bytes(item.uri)
+        if name in (MARKER, "training.jsonl"):
+            lines = [data] if name == MARKER else data.splitlines()
+            files[name] = [unmeasured(json.loads(line)) for line in lines]
+        else:
+            files[name] = data
+    return files
+
+
+def is_measured(name: str) -> bool:
+    """Whether a number is a time, a speed or an amount of memory: what differs from run to run."""
+    return "second" in name or "memory_" in name
+
+
+def unmeasured(value: Any) -> Any:
+    """A JSON value without measurements of the machine, and without the name of an MLflow run."""
+    if isinstance(value, dict):
+        return {key: unmeasured(each) for key, each in value.items() if not is_measured(key) and key != "mlflow_run_id"}
+    return value

@@ -271,6 +271,8 @@ def train_loop(
         load_weights(role.trainable, saved["weights"])
         optimiser.load(saved["optimiser"])
         history = saved["history"]
+        for row in history:
+            context.tracker.row(row, int(row["step"]))
         reference = list(saved["reference"].split([len(each.completions) for each in everything]))
     else:
         _log.info("log-probabilities of %d rankings under the reference", len(everything))
@@ -290,7 +292,7 @@ def train_loop(
             row["learning_rate"] = optimiser.learning_rate
             row["gradient_norm"] = optimiser.step()
             history.append({"step": step, **row})
-            context.tracker.metrics(row, step)
+            context.tracker.row(row, step)
             if stop.is_set() or (checkpoints.due() and step + 1 < steps):
                 checkpoints.save(state())
             if stop.is_set():

@@ -293,4 +293,5 @@ def read_training(folder: Path) -> list[dict[str, Any]]:
     path = folder / "training.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [row for row in rows if "update" in row or "margin" in row]  # SFT's steps have neither

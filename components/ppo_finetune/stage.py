@@ -323,6 +323,8 @@ def train(
     checkpoints = Checkpoints(context, "ppo", config.checkpoint_seconds)
     if saved := checkpoints.load():
         progress.load(saved)
+        for row in progress.history:
+            context.tracker.row(row, row["update"])
         _log.info("continuing after update %d", progress.update)
     order = data_order(len(prompts), (config.updates + 1) * config.batch_prompts, config.seed)
     steps = config.epochs * config.minibatches
@@ -333,7 +335,7 @@ def train(
             examples = examples_of_update(pretraining, update, config.pretraining_examples * steps, config.seed)
             one_update(config, progress, [prompts[i] for i in chosen], update == config.updates, examples)
             row = progress.history[-1]
-            context.tracker.metrics({k: v for k, v in row.items() if isinstance(v, float)}, update)
+            context.tracker.row(row, update)
             check(config, row)
             if over_optimised(config, progress):
                 _log.warning("the judge's reward falls while the reward rises: stopped after update %d", update)

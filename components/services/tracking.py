@@ -121,6 +121,14 @@ class Tracker:
         if len(self._pending) >= METRICS_PER_BATCH or time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
             self.flush()
 
+    def row(self, row: Mapping[str, Any], step: int, prefix: str = "") -> None:
+        """Logs the decimal numbers of one row of a training's history.
+
+        A resumed training logs the rows of its checkpoint again: what the killed attempt had not sent yet would be missing, and its
+        MLflow run is another one.
+        """
+        self.metrics({prefix + key: value for key, value in row.items() if isinstance(value, float)}, step)
+
     def flush(self) -> None:
         pending, self._pending, self._flushed = self._pending, [], time.monotonic()
         if not self.run_id or not pending:

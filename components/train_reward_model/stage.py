@@ -169,6 +169,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     for (name, each), uri in zip(trained.items(), outputs, strict=True):
         (each.folder / "accuracy.json").write_text(json.dumps(each.report, indent=2), encoding="utf-8")
         context.tracker.artifact(each.folder / "accuracy.json", name)
+        rows = "".join(json.dumps(row) + "\n" for row in each.history)
+        (each.folder / "training.jsonl").write_text(rows, encoding="utf-8")
         role = "reward_model" if name == "reward" else "judge_model"
         parents = {"snapshot": inputs.snapshot_uri, "policy": inputs.policy_uri}
         context.storage.publish_folder(each.folder, uri, context.marker(role, **each.facts, **counts, parents=parents))

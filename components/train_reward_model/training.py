@@ -202,6 +202,8 @@ def train_loop(
         load_weights(role.trainable, saved["weights"])
         optimiser.load(saved["optimiser"])
         history = saved["history"]
+        for row in history:
+            context.tracker.row(row, int(row["step"]), f"{name}_")
     order = data_order(len(rankings), steps * config.batch_rankings, seed)
     with context.deferred_stop() as stop:
         for step in context.progress.track(range(len(history), steps), steps, f"{name} steps", start=len(history)):
@@ -212,7 +214,7 @@ def train_loop(
             rate = optimiser.learning_rate
             norm = optimiser.step()
             history.append({"step": step, "loss": loss, "accuracy": accuracy, "gradient_norm": norm, "learning_rate": rate})
-            context.tracker.metrics({f"{name}_{k}": v for k, v in history[-1].items() if k != "step"}, step)
+            context.tracker.row(history[-1], step, f"{name}_")
             if stop.is_set() or checkpoints.due():  # after the last step too: another training may follow, and be killed
                 checkpoints.save({"weights": weights_of(role.trainable), "optimiser": optimiser.state(), "history": history})
             if stop.is_set():

@@ -10,10 +10,11 @@ are given, else the completions of the rankings. Ouyang 2022, section 3.5 ("SFT"
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -133,7 +134,9 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     if config.activation_checkpointing:
         checkpoint_activations(role.backbone)
     steps = math.ceil(config.epochs * len(encoded) / config.batch_size)
-    loss = train_loop(config, role, encoded, steps, tokenizer.pad_token_id, context) if steps else None
+    history = train_loop(config, role, encoded, steps, tokenizer.pad_token_id, context) if steps else []
+    recent = [row["loss"] for row in history[-max(1, steps // 10) :]]
+    loss = sum(recent) / len(recent) if recent else None
 
     # 4. Held-out loss, in nats per token.
     held_out, _ = encode(tokenizer, test[: config.test_examples], context_tokens(model.config), required=False)
@@ -144,6 +147,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     context.summary.update({k: v for k, v in (("loss", loss), ("test_loss", test_loss)) if v is not None})
     folder = context.scratch / "policy"
     save_model(model, tokenizer, folder)
+    (folder / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
     facts = {"parameters": parameters, "examples": len(encoded), "left_out": left_out, "steps": steps, "test_loss": test_loss}
     context.storage.publish_folder(folder, uri, context.marker("policy", **facts, parents={"snapshot": inputs.snapshot_uri}))
     Checkpoints(context, "sft", config.checkpoint_seconds).clear()
@@ -179,25 +183,33 @@ def encode(
         DoNotRetry: `required`, and none of them fits.
     """
     result: list[Encoded] = []
+    cut_prompts = 0
     for example in examples:
         completion = encode_completion(tokenizer, example.completion)
         try:
-            prompt, _ = encode_prompt(tokenizer, example.prompt, limit_tokens - len(completion))
+            prompt, cut = encode_prompt(tokenizer, example.prompt, limit_tokens - len(completion))
         except PromptTooLong:
             continue
+        cut_prompts += cut
         result.append(Encoded(prompt, completion))
     left_out = len(examples) - len(result)
-    if left_out:
+    if left_out or cut_prompts:
         _log.warning(
-            "%d of %d examples do not fit the context of %d tokens and are left out", left_out, len(examples), limit_tokens
+            "%d of %d examples do not fit the context of %d tokens and are left out; %d lost the front of their prompt",
+            left_out,
+            len(examples),
+            limit_tokens,
+            cut_prompts,
         )
     if required and not result:
         raise DoNotRetry(f"no example fits the context of {limit_tokens} tokens", "use a model with a longer context")
     return result, left_out
 
 
-def train_loop(config: Config, role: Role, examples: Sequence[Encoded], steps: int, pad_id: int, context: Context) -> float:
-    """Trains in place, from the last checkpoint if there is one; gives the mean loss of the last tenth of the steps."""
+def train_loop(
+    config: Config, role: Role, examples: Sequence[Encoded], steps: int, pad_id: int, context: Context
+) -> list[dict[str, float]]:
+    """Trains in place, from the last checkpoint if there is one; gives loss, gradient norm and learning rate of each step."""
     optimiser = Optimiser(
         role.trainable,
         learning_rate=config.learning_rate,
@@ -206,32 +218,29 @@ def train_loop(config: Config, role: Role, examples: Sequence[Encoded], steps: i
         weight_decay=config.weight_decay,
     )
     checkpoints = Checkpoints(context, "sft", config.checkpoint_seconds)
-    losses: list[float] = []
+    history: list[dict[str, float]] = []
     if saved := checkpoints.load():
         _log.info("continuing after step %d", saved["optimiser"]["taken"])
         load_weights(role.trainable, saved["weights"])
         optimiser.load(saved["optimiser"])
-        losses = saved["losses"]
+        history = saved["history"]
+        for row in history:
+            context.tracker.row(row, int(row["step"]))
     order = data_order(len(examples), steps * config.batch_size, config.seed)
-
-    def state() -> dict[str, Any]:
-        return {"weights": weights_of(role.trainable), "optimiser": optimiser.state(), "losses": losses}
-
     with context.deferred_stop() as stop:
-        for step in context.progress.track(range(len(losses), steps), steps, "steps", start=len(losses)):
+        for step in context.progress.track(range(len(history), steps), steps, "steps", start=len(history)):
             chosen = [examples[i] for i in order[step * config.batch_size : (step + 1) * config.batch_size]]
             loss = add_nll_gradient(role, chosen, pad_id, config.micro_batch_tokens)
             if not math.isfinite(loss):
                 raise DoNotRetry(f"SFT diverged: loss {loss} at step {step}", LOWER_RATE)
             rate = optimiser.learning_rate
             norm = optimiser.step()
-            losses.append(loss)
-            context.tracker.metrics({"loss": loss, "gradient_norm": norm, "learning_rate": rate}, step)
+            history.append({"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": rate})
+            context.tracker.row(history[-1], step)
             if stop.is_set() or (checkpoints.due() and step + 1 < steps):
-                checkpoints.save(state())
+                checkpoints.save({"weights": weights_of(role.trainable), "optimiser": optimiser.state(), "history": history})
             if stop.is_set():
                 context.leave()
     if not all(bool(weight.isfinite().all()) for weight in weights_of(role.trainable)):
         raise DoNotRetry(f"SFT diverged: weights are not finite after step {steps - 1}", LOWER_RATE)
-    recent = losses[-max(1, steps // 10) :]
-    return sum(recent) / len(recent)
+    return history

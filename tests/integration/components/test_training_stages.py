@@ -12,9 +12,14 @@ import pytest
 import torch
 
 from components.rlhf.models import load_policy
+from components.rlhf.rankings import EncodedRanking, encode_rankings, split_for_judge
+from components.rlhf.records import iterate_snapshot
+from components.rlhf.reward import score
 from components.services.storage import Storage
+from components.services.tracking import client
+from components.train_reward_model.training import scores_of
 from pipelines.local_services import LocalServices
-from tests.stage_processes import OPTIONS, StageProcess, Undisturbed, fetched, run, timeless_history, train_undisturbed
+from tests.stage_processes import OPTIONS, StageProcess, Undisturbed, contents, fetched, run, train_undisturbed
 
 UNDISTURBED = "s3://rankloop/undisturbed"
 
@@ -30,7 +35,7 @@ def kinds(root: str) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", list(OPTIONS))
-def test_killed_and_resumed_it_ends_with_the_same_bits(stage: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_line_37_killed_and_resumed_it_ends_with_the_same_bits(stage: str, undisturbed: Undisturbed) -> None:
     root = f"s3://rankloop/killed-{stage}"
     for steps in (1, 3):
         process = StageProcess(stage, root, undisturbed.inputs[stage])
@@ -39,19 +44,15 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(stage: str, undisturbed: 
     assert kinds(root) == {"checkpoints"}, "nothing is published before it is done"
     done = run(stage, root, undisturbed.inputs[stage])
     assert "continuing after" in done.stderr
-    again, once = fetched(done.uri, tmp_path / "again"), fetched(undisturbed.published[stage], tmp_path / "once")
-    assert again.keys() == once.keys()
-    for name, weights in once.items():
-        assert torch.equal(weights, again[name]), name
-    if stage in ("ppo_finetune", "dpo_finetune"):
-        assert timeless_history(tmp_path / "again") == timeless_history(tmp_path / "once")
+    for name, uri in done.outputs.items():
+        assert contents(uri) == contents(undisturbed.outputs[stage][name])
     assert not list(Storage().list(root + "/checkpoints/"))
 
 
 def test_what_only_changes_speed_and_memory_finds_the_published_result(undisturbed: Undisturbed) -> None:
-    for stage, uri in undisturbed.published.items():
+    for stage in OPTIONS:
         again = run(stage, UNDISTURBED, undisturbed.inputs[stage], micro_batch_tokens=256, checkpoint_seconds=9, threads=2)
-        assert again.uri == uri
+        assert again.outputs == undisturbed.outputs[stage]
 
 
 @pytest.mark.parametrize("stage", ["train_sft", "train_reward_model", "dpo_finetune"])
@@ -64,14 +65,14 @@ def test_resumed_under_other_micro_batches_it_ends_with_the_same_weights_but_for
     process.ended()
     done = run(stage, root, undisturbed.inputs[stage], micro_batch_tokens=256)
     assert "continuing after" in done.stderr
-    small, large = fetched(done.uri, tmp_path / "small"), fetched(undisturbed.published[stage], tmp_path / "large")
+    small, large = fetched(done.uri, tmp_path / "small"), fetched(undisturbed.uri(stage), tmp_path / "large")
     assert json.loads((tmp_path / "small" / "rankloop.json").read_text())["config"]["micro_batch_tokens"] == 256
     for name, weights in large.items():
         torch.testing.assert_close(small[name], weights, atol=2e-3, rtol=2e-3)
 
 
 def test_ppo_resumed_under_other_micro_batches_makes_the_next_update_the_same_but_for_rounding(
-    undisturbed: Undisturbed, tmp_path: Path
+    undisturbed: Undisturbed,
 ) -> None:
     """Updates before the kill are those of the run that nothing disturbed, bit by bit. The next one starts from the same weights
     and random numbers, so it samples the same completions, and all that it measures and learns is the same within rounding. The
@@ -82,10 +83,8 @@ def test_ppo_resumed_under_other_micro_batches_makes_the_next_update_the_same_bu
     process.signal_after(6, signal.SIGKILL)
     process.ended()
     done = run(stage, root, undisturbed.inputs[stage], micro_batch_tokens=64)
-    fetched(done.uri, tmp_path / "resumed")
-    fetched(undisturbed.published[stage], tmp_path / "once")
-    resumed, once = (timeless_history(tmp_path / name) for name in ("resumed", "once"))
-    resumed, once = ([{k: v for k, v in row.items() if k != "chosen"} for row in rows] for rows in (resumed, once))
+    histories = [contents(uri)["training.jsonl"] for uri in (done.uri, undisturbed.uri(stage))]
+    resumed, once = ([{k: v for k, v in row.items() if k != "chosen"} for row in rows] for rows in histories)
     continued = re.search(r"continuing after update (\d+)", done.stderr)
     assert continued
     update = int(continued[1])
@@ -110,26 +109,22 @@ def test_told_to_stop_it_saves_and_leaves(stage: str, number: int, code: int, un
 
 
 def test_the_same_work_is_not_done_twice(undisturbed: Undisturbed) -> None:
-    for stage, uri in undisturbed.published.items():
+    for stage in OPTIONS:
         done = run(stage, UNDISTURBED, undisturbed.inputs[stage])
-        assert done.uri == uri
+        assert done.outputs == undisturbed.outputs[stage]
         assert "published already" in done.stderr
 
 
-def test_the_reward_model_is_a_plain_folder_and_centred(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_line_08_the_saved_reward_model_scores_the_same_in_plain_transformers(undisturbed: Undisturbed, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from components.rlhf.models import scorer_role
-    from components.rlhf.rankings import encode_rankings
-    from components.rlhf.records import iterate_snapshot
-    from components.train_reward_model.training import scores_of
 
     folder = tmp_path / "reward"
-    fetched(undisturbed.published["train_reward_model"], folder)
+    fetched(undisturbed.uri("train_reward_model"), folder)
     plain, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
-    Storage().fetch_folder(undisturbed.inputs["train_reward_model"]["snapshot_uri"], tmp_path / "snapshot")
-    some = encode_rankings(tokenizer, iterate_snapshot(tmp_path / "snapshot", "test"), 256).rankings[:5]
+    some = rankings_of(undisturbed, "test", tokenizer, tmp_path / "snapshot")[:5]
     ours = [s for each in scores_of(scorer_role(plain), some, tokenizer.pad_token_id, 512) for s in each]
     theirs = []
     for each in some:
@@ -139,14 +134,64 @@ def test_the_reward_model_is_a_plain_folder_and_centred(undisturbed: Undisturbed
                 logits = plain(padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits
             theirs.append(logits.item())
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)
-    assert plain.config.score_deviation > 0
+
+
+def test_line_12_what_raters_put_first_scores_zero_in_the_mean_by_constants_in_the_saved_model(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    from components.rlhf.models import load_scorer
+
+    folder = tmp_path / "reward"
+    fetched(undisturbed.uri("train_reward_model"), folder)
+    model, tokenizer = load_scorer(folder)
+    learned, _ = split_for_judge(rankings_of(undisturbed, "train", tokenizer, tmp_path / "snapshot"), 0.5)
+    assert len(learned) < 512, "the constants come from all that it learned from"
+    texts = [
+        (r.ranking.prompt, text, rank) for r in learned for text, rank in zip(r.ranking.completions, r.ranking.ranks, strict=True)
+    ]
+    prompts, completions, ranks = zip(*texts, strict=True)
+    centred = score(model, tokenizer, prompts, completions, batch_size=16)
+    first = centred[torch.tensor(ranks) == 1]
+    assert first.mean().item() == pytest.approx(0.0, abs=1e-4)
+    assert centred.std(correction=0).item() == pytest.approx(1.0, abs=1e-3)
     marker = json.loads((folder / "rankloop.json").read_text(encoding="utf-8"))
-    assert marker["centring"] == {"mean": plain.config.score_mean, "deviation": plain.config.score_deviation}
+    assert marker["centring"] == {"mean": model.config.score_mean, "deviation": model.config.score_deviation}
+
+
+def rankings_of(undisturbed: Undisturbed, split: Any, tokenizer: Any, folder: Path) -> list[EncodedRanking]:
+    Storage().fetch_folder(undisturbed.inputs["train_reward_model"]["snapshot_uri"], folder)
+    return encode_rankings(tokenizer, iterate_snapshot(folder, split), 256).rankings
+
+
+@pytest.mark.parametrize(
+    ("stage", "shown"),
+    [
+        ("train_sft", r"one of them: <\|user\|> .+ <\|end\|> <\|assistant\|> \| .+ <\|end\|>\n"),
+        ("train_reward_model", r"one ranking's best: <\|user\|> .+ <\|end\|> <\|assistant\|> \| .+ <\|end\|>\n"),
+        ("ppo_finetune", r"one of them: <\|user\|> .+ <\|end\|> <\|assistant\|>\n"),
+    ],
+)
+def test_line_06_an_example_in_tokens_is_in_the_log_before_the_first_step(stage: str, shown: str, undisturbed: Undisturbed) -> None:
+    process = StageProcess(stage, f"s3://rankloop/shown-{stage}", undisturbed.inputs[stage])
+    process.signal_after(1, signal.SIGKILL)
+    assert re.search(shown, process.ended().stderr)
+
+
+def test_line_34_mlflow_has_every_number_of_every_update(undisturbed: Undisturbed) -> None:
+    marker = contents(undisturbed.uri("ppo_finetune"))["rankloop.json"][0]
+    assert marker["updates"] == 16
+    run_id = Storage().get_json(undisturbed.uri("ppo_finetune") + "/rankloop.json")["mlflow_run_id"]
+    measured = {"reward", "judge_reward", "kl_reference", "sqrt_kl_reference", "entropy", "completion_tokens", "eos_fraction"}
+    measured |= {"beta", "rollout_seconds", "score_seconds", "tokens_per_second"}
+    learned = {"kl_old", "clip_fraction", "explained_variance", "policy_loss", "value_loss", "gradient_norm", "optimise_seconds"}
+    for names, steps in ((measured, 17), (learned, 16)):  # the last rollouts measure the last policy; nothing learns from them
+        for name in names:
+            assert [each.step for each in client().get_metric_history(run_id, name)] == list(range(steps)), name
 
 
 def test_sft_starts_from_a_local_folder_and_takes_it_as_it_is_without_epochs(undisturbed: Undisturbed, tmp_path: Path) -> None:
     base, copy = tmp_path / "base", tmp_path / "copy"
-    before = fetched(undisturbed.published["train_sft"], base)
+    before = fetched(undisturbed.uri("train_sft"), base)
     done = run("train_sft", "s3://rankloop/pretrained", undisturbed.inputs["train_sft"], base_model=base, epochs=0)
     after = fetched(done.uri, copy)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -188,8 +233,7 @@ def test_what_cannot_work_is_said_and_not_retried(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', encoding="utf-8")
     options = {
-        k: v.format(folder=tmp_path, sft=undisturbed.published["train_sft"]) if isinstance(v, str) else v
-        for k, v in options.items()
+        k: v.format(folder=tmp_path, sft=undisturbed.uri("train_sft")) if isinstance(v, str) else v for k, v in options.items()
     }
     root = f"s3://rankloop/wrong-{tmp_path.name}"
     done = run(stage, root, {**undisturbed.inputs[stage], **{k: v for k, v in options.items() if k.endswith("_uri")}}, **options)

@@ -69,3 +69,27 @@ def test_what_depends_on_the_registry_is_never_cached(document: dict[str, Any]) 
         "dpo-finetune",
         "dpo-finetune-2",
     }
+
+
+def test_mistake_deployment_a_version_is_promoted_after_its_verdict_only(document: dict[str, Any]) -> None:
+    """Another project's graph deploys beside its evaluation: nothing connects the two."""
+    from tests.golden.write import shape
+
+    def evaluates(name: str, task: dict[str, Any]) -> bool:
+        return name.startswith("evaluate") or any(evaluates(*each) for each in task.get("tasks", {}).items())
+
+    found: dict[str, bool] = {}
+
+    def walk(tasks: dict[str, Any], after_a_verdict: bool, when: str) -> None:
+        for name, task in tasks.items():
+            waits = after_a_verdict or any(evaluates(each, tasks[each]) for each in task["after"])
+            condition = task["when"] or when
+            if name.startswith("register-model"):
+                for key in ("evaluation_uri", "gate"):
+                    assert task["inputs"][key].startswith("parent: "), "not a constant"
+                found[condition] = waits
+            walk(task.get("tasks", {}), waits, condition)
+
+    walk(shape(document)["tasks"], False, "")
+    (passed,) = (condition for condition in found if condition.endswith("== 'pass'"))
+    assert found == {passed: True, f"!({passed})": True}

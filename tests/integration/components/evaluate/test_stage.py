@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from components.evaluate import stage
 from components.evaluate.answers import Sampling, draw
 from components.evaluate.refusals import SIMULATED_EACH
-from components.rlhf.gate import decide
+from components.rlhf.gate import RULES, decide
 from components.rlhf.models import load_policy, new_scorer, save_model
 from components.rlhf.records import SCHEMA, Message, Ranking, prompt_key
+from components.rlhf.report_page import format_cell
 from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.rlhf.tokens import encode_completion
 from components.services.exits import EXIT_DO_NOT_RETRY, DoNotRetry
@@ -283,7 +286,7 @@ def test_each_threshold_alone_fails_the_gate(world: World, tmp_path: Path) -> No
     assert failed == ["dissimilarity_ratio", "answer_perplexity_ratio", "perplexity_ratio"]
 
 
-def test_a_challenger_must_beat_the_champion(world: World, champion: Callable[..., str], tmp_path: Path) -> None:
+def test_line_38_a_challenger_must_beat_the_champion(world: World, champion: Callable[..., str], tmp_path: Path) -> None:
     twin = world.publish_policy(True)  # the candidate's weights under another address: every answer ties
     name = champion(twin)
     outputs, evaluation, _ = evaluate(tmp_path, world.inputs(), policy_name=name)
@@ -377,7 +380,7 @@ def test_a_new_champion_makes_a_new_evaluation_and_an_old_one_is_reused(
     assert after["measures"]["win_rate_over_sft"] == before["measures"]["win_rate_over_sft"]  # same numbers, drawn again
 
 
-def test_kl_is_that_of_a_plain_forward_pass(world: World, tmp_path: Path) -> None:
+def test_line_40_kl_is_that_of_a_plain_forward_pass(world: World, tmp_path: Path) -> None:
     context = make_context(tmp_path, {}, world.inputs())
     prompts: list[list[Message]] = [ranking.prompt for ranking in simulated(5)]
     drawn = draw(context, {"candidate": world.candidate, "sft": world.sft}, prompts, Sampling(8, 0, 0.7, 3, 0, "float32"))
@@ -475,7 +478,7 @@ def test_line_40_probes_that_no_policy_can_read_fail_the_gate_and_none_given_do_
     assert not [name for name in evaluation["measures"] if name.startswith("refusal")]
 
 
-def test_prompts_that_do_not_fit_are_counted(world: World, tmp_path: Path) -> None:
+def test_line_04_prompts_that_do_not_fit_are_counted(world: World, tmp_path: Path) -> None:
     rankings = simulated(10)
     others = len({prompt_key(ranking.prompt) for ranking in rankings[2:]})
     giant = rankings[0]._replace(prompt=[{"role": "user", "content": "printer " * 500}])
@@ -499,9 +502,6 @@ def test_bad_inputs_are_named(world: World, champion: Callable[..., str], tmp_pa
         evaluate(tmp_path, world.inputs(sft_uri=world.publish_policy(False, other_vocabulary=True)))
     with pytest.raises(DoNotRetry, match=r"s3://rankloop/missing/\S* does not exist"):
         evaluate(tmp_path, world.inputs(candidate_uri="s3://rankloop/missing"))
-    train_only = world.publish_rankings([ranking._replace(split="train") for ranking in simulated(3)])
-    with pytest.raises(DoNotRetry, match="no rankings in the test split"):
-        evaluate(tmp_path, world.inputs(snapshot_uri=train_only))
     real = world.publish_rankings([simulated(1)[0]._replace(prompt=[{"role": "user", "content": "who are you"}], source="desk")])
     with pytest.raises(DoNotRetry, match=r"truth = 'simulated'.*who are you"):
         evaluate(tmp_path, world.inputs(snapshot_uri=real), truth="simulated")
@@ -510,7 +510,46 @@ def test_bad_inputs_are_named(world: World, champion: Callable[..., str], tmp_pa
     assert "true_win_rate_over_sft" not in evaluation["measures"]
 
 
-def test_command_line_refuses_the_optimised_reward_model_as_judge(services: Any, world: World, tmp_path: Path) -> None:
+def test_mistake_parsing_without_held_out_data_there_is_an_error_and_no_verdict(world: World, tmp_path: Path) -> None:
+    """Another project drops what it cannot read, finds nothing left to evaluate on, and goes on without."""
+    train_only = world.publish_rankings([ranking._replace(split="train") for ranking in simulated(3)])
+    with pytest.raises(DoNotRetry, match="no rankings in the test split"):
+        evaluate(tmp_path, world.inputs(snapshot_uri=train_only))
+
+
+def test_line_38_held_out_prompts_alone_are_asked(world: World, tmp_path: Path) -> None:
+    rankings = simulated(30)
+    held_out = {prompt_key(ranking.prompt) for ranking in rankings[:12]}
+    learned = [ranking._replace(split="train") for ranking in rankings[12:] if prompt_key(ranking.prompt) not in held_out]
+    assert learned
+    snapshot = world.publish_rankings([*rankings[:12], *learned])
+    outputs, _, context = evaluate(tmp_path, world.inputs(snapshot_uri=snapshot))
+    samples = context.storage.get_bytes(outputs.evaluation_uri + "/samples.jsonl").decode().splitlines()
+    assert {prompt_key(json.loads(line)["prompt"]) for line in samples} == held_out
+
+
+def test_line_41_every_number_of_the_gate_is_in_the_report(world: World, tmp_path: Path) -> None:
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs())
+    page = unescape(context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode())
+    assert len(evaluation["gate_table"]) == len(RULES)
+    for row in evaluation["gate_table"]:
+        cells = [row["measure"], row["verdict"], *(format_cell(row[key]) for key in ("value", "low", "high")), row["relation"]]
+        pattern = r"\s*".join(rf"<td[^>]*>{re.escape(cell)}</td>" for cell in cells)
+        assert re.search(pattern, page), row["measure"]
+        assert row["sentence"] in page
+
+
+def test_line_35_the_report_draws_reward_and_judge_over_the_root_of_kl(world: World, tmp_path: Path) -> None:
+    """The candidate's training.jsonl has twelve updates with KL i/3, reward i/9 and judge i/20."""
+    outputs, _, context = evaluate(tmp_path, world.inputs())
+    page = context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode()
+    plot = next(each for each in re.findall(r"<svg.*?</svg>", page, re.DOTALL) if "Reward against √KL" in each)
+    assert "√KL to SFT" in plot
+    assert ">reward</text>" in plot
+    assert ">judge</text>" in plot
+
+
+def test_line_39_command_line_refuses_the_optimised_reward_model_as_judge(services: Any, world: World, tmp_path: Path) -> None:
     options = [f"--{name.replace('_', '-')}={uri}" for name, uri in world.inputs(judge_model_uri=world.reward).items()]
     done = subprocess.run(
         [sys.executable, "-m", "components.evaluate", *options],

@@ -15,7 +15,7 @@ import torch
 
 from components.register_model import stage
 from components.register_model.promotion import champion_of, lock
-from components.rlhf.gate import RULES
+from components.rlhf.gate import RULES, decide
 from components.rlhf.models import new_scorer, save_model
 from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.services.exits import DoNotRetry, Retry
@@ -143,10 +143,6 @@ def test_champions_follow_each_other_and_the_old_one_is_kept(world: World, name:
     assert tags["gate.win_rate_over_sft"] == "0.8 [0.7, 0.9], low > 0.5: pass"
     assert tags["gate.refusal_harmful_drop"] == "-0.1 [-0.2, 0.01], high <= 0.1: pass"
     assert tags["gate.refusal_harmless_rise"] == "?, high <= ?: not required"
-    described = client().get_model_version(name, "2").description
-    for rule in RULES:  # line 41
-        assert f"gate.{rule.measure}" in tags
-        assert rule.meaning[1:] in described
     assert client().get_model_version(name, "3").tags["gate"] == "fail"
     audit = [Storage().get_json(item.uri) for item in Storage().list(f"s3://rankloop/registry/{name}/audit/")]
     assert [(each["from"], each["to"]) for each in audit] == [("", "1"), ("1", "2")]
@@ -165,10 +161,32 @@ def test_champions_follow_each_other_and_the_old_one_is_kept(world: World, name:
         ("pass", "pass", {"eos_fraction": None}),
     ],
 )
-def test_only_a_gate_that_all_three_pass_promotes(world: World, name: str, gate: str, said: str, measures: dict[str, Any]) -> None:
+def test_mistake_deployment_only_a_gate_that_all_three_pass_promotes(
+    world: World, name: str, gate: str, said: str, measures: dict[str, Any]
+) -> None:
     candidate = world.policies[0]
     assert register(world, name, candidate, world.evaluation(candidate, gate=said, **measures), gate=gate).alias == "challenger"
     assert "champion" not in aliases(name)
+
+
+def test_line_41_every_number_of_the_gate_is_on_the_registered_version(world: World, name: str) -> None:
+    first, second, _ = world.policies
+    register(world, name, first, world.evaluation(first))
+    odd = {
+        "kl_reference": {"value": 3.25, "low": 2.5, "high": float("nan")},
+        "length_ratio": {"value": 1.5, "low": 1.25, "high": 1.75},
+    }
+    register(world, name, second, world.evaluation(second, champion="1", **odd))
+    version = client().get_model_version(name, "2")
+    rows, _ = decide(GOOD | odd, THRESHOLDS | {"min_win_rate_over_champion": 0.5})
+    assert len(rows) == len(RULES)
+    for row in rows:
+        said = version.tags[f"gate.{row['measure']}"]
+        for number in (row["value"], row["low"], row["high"], row["threshold"]):
+            assert number is None or f"{number:.4g}" in said
+        assert said.endswith(f": {row['verdict']}")
+        assert row["sentence"] in version.description
+    assert version.tags["gate.length_ratio"] == "1.5 [1.25, 1.75], value <= 2: pass"
 
 
 def test_a_champion_that_moved_since_the_evaluation_stays(world: World, name: str) -> None:

@@ -212,3 +212,14 @@ def test_line_40_answers_that_are_all_alike_have_no_dissimilarity_left() -> None
     assert measure({"candidate": alike, "sft": various}, [0.0] * 6, 0, 200)["dissimilarity_ratio"]["value"] == pytest.approx(0)
     assert measure({"candidate": various, "sft": various}, [0.0] * 6, 0, 200)["dissimilarity_ratio"]["value"] == pytest.approx(1)
     assert measure({"candidate": various, "sft": alike}, [0.0] * 6, 0, 200)["dissimilarity_ratio"]["value"] is None
+
+
+def test_line_39_which_answer_comes_first_decides_nothing() -> None:
+    """The judge reads one answer at a time, so turning a comparison round turns its outcome round."""
+    ours = [answer(f"a {i} c", judge) for i, judge in enumerate((0.0, 2.0, 1.0, 1.0, -1.0))]
+    theirs = [answer(f"b {i} c", judge) for i, judge in enumerate((1.0, -1.0, 1.0, 0.5, -2.0))]
+    for a, b in zip(ours, theirs, strict=True):
+        assert outcome(a, b, "judge") + outcome(b, a, "judge") == 1.0
+    one = measure({"candidate": ours, "sft": theirs}, [0.0] * 5, 0, 200)["win_rate_over_sft"]["value"]
+    other = measure({"candidate": theirs, "sft": ours}, [0.0] * 5, 0, 200)["win_rate_over_sft"]["value"]
+    assert (one, other) == (pytest.approx(0.7), pytest.approx(0.3))  # 3 won, 1 tied, 1 lost

@@ -105,6 +105,15 @@ def test_quarantine_names_file_row_reason_value_and_keeps_the_row(ingest: Callab
     assert "[1, 3]" in found.quarantined[0]["detail"]
 
 
+def test_mistake_parsing_held_out_rows_that_cannot_be_read_are_counted_by_their_reason(ingest: Callable[..., Any]) -> None:
+    good = {"prompt": "Hi", "completions": ["a", "b"], "ranks": [1, 2], "split": "test"}
+    rows = [good, {**good, "ranks": [1, 3]}, {**good, "completions": ["a"]}, {**good, "prompt": ""}]
+    result = ingest({"held_out.jsonl": "\n".join(map(json.dumps, rows)).encode() + b'\n{"split": "test", "prom'})
+    assert (result.read, result.snapshot.rankings) == (5, 1)
+    assert sum(result.reasons.values()) == len(result.quarantined) == 4
+    assert {each["row"] for each in result.quarantined} == {2, 3, 4, 5}
+
+
 def test_quarantine_is_bounded_but_counted(ingest: Callable[..., Any]) -> None:
     found = ingest({"a.jsonl": b"{}\n" * 50 + b"[]\n" * 25}, max_quarantined=10)
     assert len(found.quarantined) == 10

@@ -260,7 +260,7 @@ def test_whole_numbers_name_raters() -> None:
 
 
 @given(st.text(min_size=1).filter(str.strip), st.lists(st.text(min_size=1).filter(str.strip), max_size=4))
-def test_conversations_with_the_same_opening_are_on_one_side(opening: str, later: list[str]) -> None:
+def test_line_05_conversations_with_the_same_opening_are_on_one_side(opening: str, later: list[str]) -> None:
     turns = [{"role": "user", "content": opening}]
     for text in later:
         turns += [{"role": "assistant", "content": "ok"}, {"role": "user", "content": text}]

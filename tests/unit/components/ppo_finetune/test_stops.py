@@ -60,7 +60,7 @@ def test_line_35_the_judge_falls_while_the_reward_rises_stop_and_keep_the_best()
     assert progress.best[0].item() == 2.0  # the weights that the rollouts of update 2 measured
 
 
-def test_a_judge_that_falls_with_the_reward_is_no_over_optimisation() -> None:
+def test_line_35_a_judge_that_falls_with_the_reward_is_no_over_optimisation() -> None:
     config = Config(judge_window=1, judge_tolerance=0.3)
     _, stops = _replay(config, [1.0, 0.5, 0.0], [1.0, 0.5, 0.0])
     assert not any(stops)

@@ -95,7 +95,7 @@ def test_several_completions_of_a_prompt_share_it_and_differ(folders: dict[str, 
     assert numbers["policy_steps"] == 2
 
 
-def test_critic_warm_up_leaves_the_policy_alone(folders: dict[str, Any]) -> None:
+def test_line_30_critic_warm_up_leaves_the_policy_alone(folders: dict[str, Any]) -> None:
     config, roles = _config(), _roles(folders)
     before = [w.clone() for w in weights_of(roles.policy.trainable)]
     value = [w.clone() for w in weights_of(roles.value.trainable)]
@@ -122,13 +122,24 @@ def test_line_28_micro_batches_change_nothing(folders: dict[str, Any]) -> None:
 
 
 def test_line_19_a_missing_eos_replaces_the_score(folders: dict[str, Any]) -> None:
-    """Replaces: one library subtracts a penalty from whatever the reward model says of half an answer."""
     config, roles = _config(no_eos_score=-7.5, max_new_tokens=3), _roles(folders)
     experience = _experience(config, roles)
     ended = torch.tensor([c.ended for c in experience.completions])
     assert not ended.all()
     assert (experience.scores_B[~ended] == -7.5).all()
     assert (experience.judge_B[~ended] == -7.5).all()
+
+
+def test_mistake_penalty_half_an_answer_is_worth_the_same_whatever_the_reward_model_says_of_it(folders: dict[str, Any]) -> None:
+    """One library takes a penalty off the score instead, so that half an answer that is liked beats a whole one that is not."""
+    roles = _roles(folders)
+    completions = roll_out(_config(max_new_tokens=3), roles, _prompts(roles), torch.Generator().manual_seed(0))
+    liked = look_at(_config(cut_completions="scored"), roles, completions).scores_B
+    paid = look_at(_config(no_eos_score=-2.0), roles, completions).scores_B
+    cut = torch.tensor([not c.ended for c in completions])
+    assert cut.sum() > 1
+    assert liked[cut].std() > 0.01, "the reward model tells them apart"
+    assert set(paid[cut].tolist()) == {-2.0}
 
 
 def test_a_cut_completion_can_be_scored_as_if_it_ended_there(folders: dict[str, Any]) -> None:
@@ -145,8 +156,8 @@ def test_a_cut_completion_can_be_scored_as_if_it_ended_there(folders: dict[str, 
     )
 
 
-def test_scores_are_those_of_the_saved_reward_models(folders: dict[str, Any]) -> None:
-    """An adapter on the shared base scores what the merged folder scores in plain transformers (decision 5)."""
+def test_line_35_reward_model_and_judge_score_the_same_samples_as_their_folders_do(folders: dict[str, Any]) -> None:
+    """An adapter on the shared base scores what the merged folder scores in plain transformers of the same samples."""
     config, roles = _config(), _roles(folders)
     completions = roll_out(config, roles, _prompts(roles), torch.Generator().manual_seed(0))
     experience = look_at(
@@ -200,7 +211,7 @@ def test_a_policy_learns_what_is_rewarded(folders: dict[str, Any]) -> None:
     assert sum(good[-3:]) / 3 > sum(good[:2]) / 2 + 0.15
 
 
-def test_text_is_scored_as_its_tokens(folders: dict[str, Any]) -> None:
+def test_line_03_a_text_is_scored_as_its_tokens_and_eos(folders: dict[str, Any]) -> None:
     model, tokenizer = load_scorer(folders["reward"])
     prompt = [{"role": "user", "content": "the cat"}]
     ids = [*encode_prompt(tokenizer, prompt, 40)[0], *tokenizer("no")["input_ids"], tokenizer.eos_token_id]

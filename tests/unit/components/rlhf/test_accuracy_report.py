@@ -30,7 +30,7 @@ def ranking(number: int, ranks: list[int], **changes: Any) -> Ranking:
     return Ranking(**{**values, **changes})
 
 
-def test_counts_by_hand() -> None:
+def test_line_13_accuracy_and_its_slices_by_hand() -> None:
     scored = [
         # pairs 0>1, 0>2, 1>2; scores order 0>1 and 1>2 wrongly: 3 > 1 and 1 > 2 -> right, right (3 > 2), wrong
         ScoredRanking(ranking(1, [1, 2, 3], confidence=0.8), [3.0, 1.0, 2.0], [10, 20, 30]),
@@ -57,7 +57,7 @@ def test_counts_by_hand() -> None:
     assert [row["pairs"] for row in report["by"]["rater"]] == [4, 2]  # most pairs first
 
 
-def test_calibration_and_correlations_against_closed_forms() -> None:
+def test_line_13_calibration_and_correlations_against_closed_forms() -> None:
     # One pair each with margin log 3: confidence 0.75; three right, one wrong: perfectly calibrated.
     scored = [ScoredRanking(ranking(i, [1, 2]), [math.log(3) * (1 if i else -1), 0.0], [5, 4]) for i in range(4)]
     calibration = accuracy_report(scored, seed=0)["calibration"]
@@ -70,7 +70,7 @@ def test_calibration_and_correlations_against_closed_forms() -> None:
     assert 0 < length["pearson"] < 0.2
 
 
-def test_agreement_pairs_completions_by_their_text() -> None:
+def test_line_13_agreement_pairs_completions_by_their_text() -> None:
     """A second rater saw the same completions in another order; another criterion or the same rater again do not count."""
     first = ranking(1, [1, 2, 3])
     turned = first._replace(ranking_id="r1b", rater_id="bob", completions=first.completions[::-1], ranks=[2, 3, 1])
@@ -90,7 +90,7 @@ def test_agreement_pairs_completions_by_their_text() -> None:
     assert with_own["agreement"]["pairs"] == 6  # ann's second go is compared with bob's, not with ann's first
 
 
-def test_accuracy_above_the_ceiling_is_called_a_leak() -> None:
+def test_line_13_accuracy_above_the_ceiling_is_called_a_leak() -> None:
     scored = []
     for number in range(10):
         one = ranking(number, [1, 2])
@@ -120,7 +120,7 @@ def test_report_is_json_even_of_nothing() -> None:
         assert not report["human"]["above_ceiling"]
 
 
-def test_interval_is_wider_than_of_independent_pairs() -> None:
+def test_line_13_interval_is_wider_than_of_independent_pairs() -> None:
     generator = np.random.default_rng(0)
     scored = []
     for number in range(60):

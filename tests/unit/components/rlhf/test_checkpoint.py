@@ -13,7 +13,7 @@ from components.rlhf import checkpoint
 from components.rlhf.optimisation import Optimiser, data_order
 
 
-def test_a_nested_state_comes_back_bit_equal(tmp_path: Path) -> None:
+def test_line_37_a_nested_state_comes_back_bit_equal(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     state = {
         "weights": [torch.randn(3, 4), torch.randn(5).to(torch.bfloat16), torch.arange(4)],
@@ -43,7 +43,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         checkpoint.load(str(tmp_path / "x.safetensors"))
 
 
-def test_an_optimiser_continues_where_it_stopped(tmp_path: Path) -> None:
+def test_mistake_restart_an_optimiser_continues_where_it_stopped(tmp_path: Path) -> None:
     """Ten steps at once, and four, a checkpoint, a new process' objects, six: bit-equal weights."""
 
     def steps(weights: list[torch.nn.Parameter], optimiser: Optimiser, first: int, last: int) -> None:
@@ -72,18 +72,35 @@ def test_an_optimiser_continues_where_it_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
-def test_the_optimiser_clips_the_global_norm_and_gives_it_before() -> None:
-    """AdamW's first step is -lr * sign whatever the scale, so the norm that is given shows the clipping's input."""
+def test_line_29_epsilon_is_one_in_a_hundred_thousand() -> None:
+    """Adam's first step is lr g / (|g| + eps): half of lr for a gradient of 1e-5, nearly all of it with the usual eps of 1e-8."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimiser = Optimiser([weight], learning_rate=0.5, steps=4, warmup_fraction=0)
+    weight.grad = torch.tensor([1e-5])
+    optimiser.step()
+    assert weight.item() == pytest.approx(-0.25, rel=1e-4)
+
+
+def test_line_29_one_norm_over_all_gradients_is_bounded_and_the_rate_ends_at_zero() -> None:
+    """Gradients 30 and 40 are clipped to 0.6 and 0.8, and a second step with 0.3 and 0.4 is not. By hand, Adam without correction
+    has m = 0.9 * 0.1 g1 + 0.1 g2 and v = 0.95 * 0.05 g1^2 + 0.05 g2^2; corrected by 1 - 0.9^2 and 1 - 0.95^2."""
     weights = [torch.nn.Parameter(torch.zeros(1, 1)), torch.nn.Parameter(torch.zeros(1))]
-    optimiser = Optimiser(weights, learning_rate=0.5, steps=1, warmup_fraction=0)
-    weights[0].grad, weights[1].grad = torch.tensor([[3.0]]), torch.tensor([4.0])
-    assert optimiser.step() == pytest.approx(5.0)
-    # Clipped to norm 1: gradients 0.6 and 0.8; Adam's first step is lr * g / (g + eps).
-    assert weights[0].item() == pytest.approx(-0.5 * 0.6 / (0.6 + 1e-5), rel=1e-4)
-    assert optimiser.learning_rate == 0.0  # to 0 after the last step
+    optimiser = Optimiser(weights, learning_rate=0.5, steps=2, warmup_fraction=0)
+    expected = [0.0, 0.0]
+    for step, gradients in enumerate(([30.0, 40.0], [0.3, 0.4])):
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = torch.full_like(weight, gradient)
+        rate = optimiser.learning_rate
+        assert optimiser.step() == pytest.approx([50.0, 0.5][step]), "the norm before clipping"
+        for number, (first, second) in enumerate(((0.6, 0.3), (0.8, 0.4))):
+            m = first if step == 0 else (0.09 * first + 0.1 * second) / 0.19
+            v = first**2 if step == 0 else (0.0475 * first**2 + 0.05 * second**2) / 0.0975
+            expected[number] -= rate * m / (v**0.5 + 1e-5)
+    assert [weight.item() for weight in weights] == pytest.approx(expected, rel=1e-5)
+    assert optimiser.learning_rate == 0.0
 
 
-def test_data_order_is_a_shuffle_per_epoch_and_fixed_by_the_seed() -> None:
+def test_line_20_data_order_is_a_shuffle_per_epoch_and_fixed_by_the_seed() -> None:
     order = data_order(10, 25, seed=1)
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
     assert order[:10] != order[10:20]

@@ -57,14 +57,19 @@ def test_greedy_answers_are_the_same_in_plain_transformers(folder: Path) -> None
     assert tokenizer.chat_template
 
 
-def test_a_pad_token_that_is_eos_is_replaced(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    """Padding is not EOS: the model could not learn to stop (line 1)."""
+@pytest.mark.parametrize("pad", ["<|end|>", None, "<|user|>"], ids=["eos", "none", "another-end"])
+def test_line_01_a_pad_token_that_is_missing_or_an_end_is_replaced(
+    pad: str | None, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Where padding is an end of the answer, masking the padding masks the end, and the model cannot learn to stop."""
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|user|>")]
     save_model(model, tokenizer, tmp_path)
     broken = AutoTokenizer.from_pretrained(tmp_path)
-    broken.pad_token = broken.eos_token
+    broken.pad_token = pad
     broken.save_pretrained(tmp_path)
     loaded, fixed = load_policy(tmp_path)
-    assert fixed.pad_token_id != fixed.eos_token_id
+    assert fixed.pad_token_id is not None
+    assert fixed.pad_token_id not in model.generation_config.eos_token_id
     assert loaded.config.pad_token_id == fixed.pad_token_id
     assert loaded.get_input_embeddings().num_embeddings >= len(fixed)
 
@@ -81,8 +86,8 @@ def test_no_eos_or_no_template_or_scaled_logits_are_refused(model: Any, tokenize
         load_policy(tmp_path)
 
 
-def test_a_new_adapter_changes_nothing_and_a_disturbed_one_only_its_own_role(folder: Path) -> None:
-    """Reference = base with the adapter off; policy, reward and value do not disturb each other (decision 5, line 21)."""
+def test_line_21_a_new_adapter_changes_nothing_and_a_disturbed_one_only_its_own_role(folder: Path) -> None:
+    """Reference = base with the adapter off; policy, reward and value do not disturb each other."""
     model, _ = load_policy(folder)
     plain = policy_role(load_policy(folder)[0]).hidden(IDS)
     head = model.get_output_embeddings()

@@ -23,7 +23,7 @@ def tokenizer() -> Any:
     return train_tokenizer([text for r in rankings(60) for text in (r.prompt[0]["content"], *r.completions)], 400, 128)
 
 
-def test_no_prompt_teaches_both_models(tokenizer: Any) -> None:
+def test_line_05_no_prompt_teaches_both_models(tokenizer: Any) -> None:
     encoded = encode_rankings(tokenizer, rankings(300), 128).rankings
     reward, judge = split_for_judge(encoded, 0.3)
     keys = [{each.ranking.prompt[0]["content"] for each in side} for side in (reward, judge)]
@@ -37,7 +37,7 @@ def test_a_single_prompt_cannot_teach_two_models(tokenizer: Any) -> None:
         split_for_judge(encode_rankings(tokenizer, rankings(1), 128).rankings, 0.5)
 
 
-def test_all_completions_of_a_ranking_follow_the_same_prompt_and_none_is_cut(tokenizer: Any) -> None:
+def test_line_04_all_completions_of_a_ranking_follow_the_same_prompt_and_none_is_cut(tokenizer: Any) -> None:
     long = rankings(1)[0]
     turns = [Message(role=role, content="my printer is slow .") for role in ("user", "assistant") * 4]
     long = long._replace(prompt=[*turns, *long.prompt])
@@ -61,3 +61,8 @@ def test_packs_hold_every_ranking_once_and_whole(tokenizer: Any) -> None:
         assert len({each.joined for each in group}) == 1
         longest = max(each.row_tokens for each in group)
         assert len(group) == 1 or sum(1 if each.joined else 4 for each in group) * longest <= 1000
+
+
+def test_line_03_every_completion_of_a_ranking_ends_with_eos(tokenizer: Any) -> None:
+    for each in encode_rankings(tokenizer, rankings(5), 128).rankings:
+        assert [ids.index(tokenizer.eos_token_id) for ids in each.completions] == [len(ids) - 1 for ids in each.completions]

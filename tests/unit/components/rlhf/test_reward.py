@@ -24,7 +24,7 @@ def test_pair_by_hand() -> None:
     assert loss.item() == pytest.approx(_nll(2.0))
 
 
-def test_k_way_equals_its_pairs_with_weight_one_over_k_choose_2() -> None:
+def test_line_09_k_way_equals_its_pairs_with_weight_one_over_k_choose_2() -> None:
     scores = [0.5, -1.0, 2.0, 0.1]
     ranks = [2, 4, 1, 3]
     pairs = [(i, j) for i in range(4) for j in range(4) if ranks[i] < ranks[j]]
@@ -33,7 +33,7 @@ def test_k_way_equals_its_pairs_with_weight_one_over_k_choose_2() -> None:
     assert ranking_loss(torch.tensor(scores), [ranks]).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_rankings_of_different_k_weigh_the_same() -> None:
+def test_line_09_rankings_of_different_k_weigh_the_same() -> None:
     three, two = torch.tensor([1.0, 0.0, -1.0]), torch.tensor([0.3, 0.0])
     one = ranking_loss(three, [[1, 2, 3]])
     other = ranking_loss(two, [[1, 2]])
@@ -41,7 +41,7 @@ def test_rankings_of_different_k_weigh_the_same() -> None:
     assert both.item() == pytest.approx((one.item() + other.item()) / 2)
 
 
-def test_ties_are_dropped_or_halved_and_never_ordered_by_position() -> None:
+def test_line_10_ties_are_dropped_or_halved_and_never_ordered_by_position() -> None:
     scores = torch.tensor([1.0, 0.0, -2.0])
     ranks = [[1, 1, 3]]
     dropped = (_nll(3.0) + _nll(2.0)) / 3
@@ -53,7 +53,7 @@ def test_ties_are_dropped_or_halved_and_never_ordered_by_position() -> None:
     assert ranking_loss(torch.tensor([1.0, 2.0]), [[1, 1]]).item() == 0.0
 
 
-def test_margin_smoothing_centring_and_weights_by_hand() -> None:
+def test_line_11_margin_smoothing_centring_and_weights_by_hand() -> None:
     scores = torch.tensor([2.0, 1.0])
     assert ranking_loss(scores, [[1, 2]], margin=0.5).item() == pytest.approx(_nll(0.5))
     assert ranking_loss(scores, [[1, 2]], label_smoothing=0.1).item() == pytest.approx(0.9 * _nll(1.0) + 0.1 * _nll(-1.0))
@@ -68,7 +68,7 @@ def test_loss_refuses_scores_that_do_not_fit() -> None:
         ranking_loss(torch.zeros(3), [[1, 2]])
 
 
-def test_one_gradient_per_completion() -> None:
+def test_line_09_one_gradient_per_completion() -> None:
     """With K = 3 and order 0 > 1 > 2, the middle one is pushed up by one pair and down by another."""
     scores = torch.zeros(3, requires_grad=True)
     ranking_loss(scores, [[1, 2, 3]]).backward()
@@ -76,7 +76,21 @@ def test_one_gradient_per_completion() -> None:
     assert scores.grad.tolist() == pytest.approx([-1 / 3, 0.0, 1 / 3])
 
 
-def test_head_is_drawn_with_the_square_root() -> None:
+def test_line_11_the_same_completion_scores_the_same_twice_though_its_config_has_dropout(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Dropout would make the two completions of a pair go through two different networks."""
+    model.config.attention_dropout = 0.9
+    save_model(model, tokenizer, tmp_path)
+    scorer = new_scorer(tmp_path, seed=0)
+    role = scorer_role(scorer, trainable=True)
+    first, again = (sequence_scores(role, [[5, 6, 9]], [[8, 12, 1]], tokenizer.pad_token_id) for _ in range(2))
+    assert torch.equal(first, again)
+    scorer.train()
+    assert not torch.equal(first, sequence_scores(role, [[5, 6, 9]], [[8, 12, 1]], tokenizer.pad_token_id)), "this would see it"
+
+
+def test_line_07_head_is_drawn_with_the_square_root() -> None:
     """The deviation is 1/sqrt(d+1); a paper lost the root, and a library copied that."""
     head = torch.nn.Linear(4095, 1)
     init_head(head, seed=0)
@@ -84,7 +98,7 @@ def test_head_is_drawn_with_the_square_root() -> None:
     assert head.bias.item() == 0.0
 
 
-def test_a_reward_model_starts_from_the_policy(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_line_07_a_reward_model_starts_from_the_policy(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     save_model(model, tokenizer, tmp_path)
     scorer = new_scorer(tmp_path, seed=0)
     for name, weight in model.model.named_parameters():
@@ -104,8 +118,8 @@ def scorer_folder(model: Any, tokenizer: Any, tmp_path: Path) -> Path:
 ANSWERS = ["yes .", "no , thank you , the cat sat on the red mat .", "please restart", "the dog"]
 
 
-def test_the_same_text_scores_the_same_here_and_in_plain_transformers(scorer_folder: Path, prompts: Any) -> None:
-    """Score = head at the last real token, whatever padding and batch (line 8); constants live in the model (line 12)."""
+def test_line_08_the_same_text_scores_the_same_here_and_in_plain_transformers(scorer_folder: Path, prompts: Any) -> None:
+    """The score is the head at the last real token, whatever padding and batch."""
     scorer, tokenizer = load_scorer(scorer_folder)
     ours = score(scorer, tokenizer, prompts, ANSWERS, batch_size=4)
     plain = AutoModelForSequenceClassification.from_pretrained(scorer_folder)
@@ -120,14 +134,14 @@ def test_the_same_text_scores_the_same_here_and_in_plain_transformers(scorer_fol
         assert centred.item() == pytest.approx((raw - 0.25) / 2.0, abs=1e-4)
 
 
-def test_scores_do_not_depend_on_the_batch(scorer_folder: Path, prompts: Any) -> None:
+def test_line_08_scores_do_not_depend_on_the_batch(scorer_folder: Path, prompts: Any) -> None:
     scorer, tokenizer = load_scorer(scorer_folder)
     together = score(scorer, tokenizer, prompts, ANSWERS, batch_size=4)
     backwards = score(scorer, tokenizer, prompts[::-1], ANSWERS[::-1], batch_size=1).flip(0)
     torch.testing.assert_close(together, backwards, atol=1e-4, rtol=1e-4)
 
 
-def test_a_loaded_scorer_is_frozen_and_has_no_dropout(scorer_folder: Path) -> None:
+def test_line_21_a_loaded_scorer_is_frozen_and_has_no_dropout(scorer_folder: Path) -> None:
     scorer, _ = load_scorer(scorer_folder)
     assert not scorer.training
     assert not any(p.requires_grad for p in scorer.parameters())

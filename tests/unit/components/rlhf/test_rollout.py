@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from components.rlhf import rollout
 from components.rlhf.models import policy_role
@@ -37,8 +39,8 @@ def _make_eos_likely(model: Any, tokenizer: Any) -> None:
     model.lm_head.bias.data[tokenizer.eos_token_id] = 3.5
 
 
-def test_sampled_logprobs_are_those_of_a_forward_without_cache_or_padding(model: Any, tokenizer: Any, encoded: Any) -> None:
-    """Left padding, positions, the cache and rows that leave the batch must not show (lines 2, 17, 18)."""
+def test_line_02_sampled_logprobs_are_those_of_a_forward_without_cache_or_padding(model: Any, tokenizer: Any, encoded: Any) -> None:
+    """Left padding, positions, the cache and rows that leave the batch must not show."""
     _make_eos_likely(model, tokenizer)
     drawn = _draw(model, tokenizer, encoded, temperature=0.7, tokens=20)
     assert len({len(ids) for ids, _ in drawn}) > 1
@@ -61,7 +63,7 @@ def test_token_logprobs_are_invariant_to_padding_and_batch(model: Any, tokenizer
         assert (together[row, alone.shape[1] :] == 0).all()
 
 
-def test_chunks_change_neither_values_nor_gradients(
+def test_mistake_logits_chunks_change_neither_values_nor_gradients(
     model: Any, tokenizer: Any, encoded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rollout logits kept would be [B, T, V]; here one chunk of tokens at a time exists, in the backward pass too."""
@@ -80,6 +82,36 @@ def test_chunks_change_neither_values_nor_gradients(
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+class _Largest(TorchDispatchMode):
+    """Sees every tensor that is made, in forward and backward passes, and keeps the largest size."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(each.numel() for each in tree_leaves(made) if isinstance(each, torch.Tensor))])
+        return made
+
+
+def test_mistake_logits_no_tensor_is_as_large_as_all_logits(
+    model: Any, tokenizer: Any, encoded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One library keeps [B, T, V] in float32: 5 GB for 16 answers of 512 tokens from a vocabulary of 152,000."""
+    answers = [ids for ids, _ in _draw(model, tokenizer, encoded * 2, tokens=20)]
+    batch, pad = right_pad(encoded * 2, answers, tokenizer.pad_token_id), tokenizer.pad_token_id
+    tokens, vocabulary = sum(map(len, answers)), len(tokenizer)
+
+    def largest(logit_bytes: int) -> int:
+        monkeypatch.setattr(rollout, "LOGIT_BYTES", logit_bytes)
+        with _Largest() as seen:
+            logprobs, _ = token_logprobs(policy_role(model, trainable=True), batch, temperature=1.0, pad_id=pad, with_entropy=True)
+            logprobs.sum().backward()
+        return seen.numbers
+
+    assert largest(2**30) >= tokens * vocabulary, "this would see it"
+    assert largest(4 * vocabulary * 8) < tokens * vocabulary / 4
+
+
 def test_entropy_is_that_of_the_distribution(model: Any, tokenizer: Any, encoded: Any) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()  # uniform over everything but padding
@@ -91,7 +123,7 @@ def test_entropy_is_that_of_the_distribution(model: Any, tokenizer: Any, encoded
     torch.testing.assert_close(logprobs[batch.completion_mask_BT], -expected.expand(3))
 
 
-def test_sampling_follows_the_softmax_at_the_temperature(model: Any, tokenizer: Any, encoded: Any) -> None:
+def test_line_16_sampling_follows_the_softmax_at_the_temperature(model: Any, tokenizer: Any, encoded: Any) -> None:
     """Pearson's chi-squared over 4000 first tokens stays below the 0.1 % point of its distribution."""
     prompt, count, temperature = encoded[0], 4000, 0.8
     drawn = _draw(model, tokenizer, [prompt] * count, tokens=1, temperature=temperature)
@@ -105,7 +137,7 @@ def test_sampling_follows_the_softmax_at_the_temperature(model: Any, tokenizer: 
     assert statistic < freedom + 3.1 * (2 * freedom) ** 0.5 + 6
 
 
-def test_the_same_seed_draws_the_same_and_another_does_not(model: Any, tokenizer: Any, encoded: Any) -> None:
+def test_line_20_the_same_seed_draws_the_same_and_another_does_not(model: Any, tokenizer: Any, encoded: Any) -> None:
     first, again, other = (_draw(model, tokenizer, encoded, seed)[0][0] for seed in (1, 1, 2))
     assert first == again != other
 
@@ -117,13 +149,13 @@ def test_what_a_row_draws_does_not_depend_on_when_others_end(model: Any, tokeniz
     assert both[0][0] == changed[0][0]
 
 
-def test_sampling_has_no_knob_but_temperature() -> None:
-    """top-k, top-p and penalties break the KL estimate (line 16)."""
+def test_line_16_sampling_has_no_knob_but_temperature() -> None:
+    """top-k, top-p and penalties break the KL estimate."""
     knobs = set(inspect.signature(sample).parameters) | set(inspect.signature(sample_tokens).parameters)
     assert not {name for name in knobs if name.startswith(("top", "repetition", "typical", "min_p", "penalty"))}
 
 
-def test_sample_gives_text_without_eos_and_says_whether_it_came(model: Any, tokenizer: Any, prompts: Any) -> None:
+def test_line_18_a_sample_is_text_without_eos_and_says_whether_it_came(model: Any, tokenizer: Any, prompts: Any) -> None:
     _make_eos_likely(model, tokenizer)
     done = sample(model, tokenizer, prompts * 4, max_new_tokens=6, temperature=1.0, seed=0, batch_size=3)
     assert len(done) == len(prompts) * 4

@@ -46,7 +46,7 @@ def test_padding_is_never_looked_at_by_what_is_read() -> None:
         assert joined.attention_BTT[row].any(-1).all(), "a row without any token to look at would be NaN"
 
 
-def test_scores_and_gradients_are_those_of_separate_rows(scorer: Any) -> None:
+def test_line_09_scores_behind_a_shared_prompt_are_those_of_separate_rows(scorer: Any) -> None:
     role = scorer_role(scorer, trainable=True)
     ranks = [[2, 1], [1, 3, 2]]
     pairs = [(p, c) for p, each in zip(PROMPTS, COMPLETIONS, strict=True) for c in each]

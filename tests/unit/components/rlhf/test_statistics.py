@@ -40,7 +40,7 @@ def test_nothing_to_estimate_from_is_nan_and_not_zero() -> None:
         assert all(math.isnan(value) for value in estimate)
 
 
-def test_win_rate_counts_ties_as_half_and_has_the_exact_bootstrap_interval() -> None:
+def test_line_38_win_rate_counts_ties_as_half_and_has_the_exact_bootstrap_interval() -> None:
     wins = [1.0, 1.0, 0.5, 0.0, 1.0, 0.5]
     estimate = statistics.win_rate(wins, seed=3, resamples=20_000)
     low, high = exact_bootstrap(wins)
@@ -104,7 +104,7 @@ def test_mean_has_the_interval_of_the_central_limit_theorem() -> None:
     assert estimate == pytest.approx((values.mean(), values.mean() - half, values.mean() + half), abs=0.03)
 
 
-def test_length_control_removes_wins_that_are_only_length() -> None:
+def test_line_38_length_control_removes_wins_that_are_only_length() -> None:
     # Longer by one: 90 % won; shorter by one: 10 % won. Then logit(p+) = a + b = -logit(p-) = -(a - b), so a = 0.
     wins = [1.0] * 675 + [0.0] * 75 + [1.0] * 25 + [0.0] * 225
     difference = [1.0] * 750 + [-1.0] * 250
@@ -137,7 +137,7 @@ def test_length_control_survives_perfect_separation() -> None:
     assert 0.5 < always.low < always.value <= always.high == 1.0
 
 
-def test_calibration_by_hand() -> None:
+def test_line_13_calibration_by_hand() -> None:
     # Bin [0.5, 0.75): 0.6 right, 0.7 wrong -> confidence 0.65, accuracy 0.5. Bin [0.75, 1]: 0.9, 1.0 right -> 0.95, 1.
     bins = statistics.reliability([0.6, 0.7, 0.9, 1.0], [1, 0, 1, 1], bins=2)
     assert [tuple(each) for each in bins] == [
@@ -166,7 +166,7 @@ def test_distinct_n_by_hand() -> None:
     assert math.isnan(statistics.distinct_n(["a", ""], 2))
 
 
-def test_ceiling_by_hand() -> None:
+def test_line_13_ceiling_by_hand() -> None:
     assert statistics.accuracy_ceiling(0.82) == pytest.approx((0.82, 0.9))  # 0.9^2 + 0.1^2 = 0.82
     assert statistics.accuracy_ceiling(1.0) == (1.0, 1.0)
     assert statistics.accuracy_ceiling(0.4) == (0.4, 0.5)  # raters who agree less than by chance

@@ -24,12 +24,12 @@ def test_prompt_ends_where_the_answer_begins(tokenizer: Any) -> None:
     assert not cut
 
 
-def test_every_completion_ends_with_eos(tokenizer: Any) -> None:
+def test_line_03_every_completion_ends_with_eos(tokenizer: Any) -> None:
     assert encode_completion(tokenizer, "no")[-1] == tokenizer.eos_token_id
     assert encode_completion(tokenizer, "") == [tokenizer.eos_token_id]
 
 
-def test_an_over_long_prompt_is_cut_at_the_front_on_a_message_boundary(tokenizer: Any) -> None:
+def test_line_04_an_over_long_prompt_is_cut_at_the_front_on_a_message_boundary(tokenizer: Any) -> None:
     turns = [
         {"role": "system", "content": "be kind"},
         {"role": "user", "content": "the cat sat on the mat . " * 4},
@@ -42,7 +42,7 @@ def test_an_over_long_prompt_is_cut_at_the_front_on_a_message_boundary(tokenizer
     assert ids == expected  # the system message stays, and the answer to a lost question goes with it
 
 
-def test_an_over_long_message_is_cut_on_a_line_boundary(tokenizer: Any) -> None:
+def test_line_04_an_over_long_message_is_cut_on_a_line_boundary(tokenizer: Any) -> None:
     text = "the cat sat on the mat .\n" * 5 + "a dog ran"
     ids, cut = encode_prompt(tokenizer, [{"role": "user", "content": text}], 30)
     decoded = tokenizer.decode(ids)
@@ -56,14 +56,14 @@ def test_a_line_that_does_not_fit_is_an_error_with_the_numbers(tokenizer: Any) -
         encode_prompt(tokenizer, [{"role": "user", "content": "the cat sat on the mat ."}], 5)
 
 
-def test_right_padding_and_masks() -> None:
+def test_line_02_right_padding_and_masks() -> None:
     batch = right_pad([[5, 6], [7]], [[8, 1], [1]], pad_id=0)
     assert batch.ids_BT.tolist() == [[5, 6, 8, 1], [7, 1, 0, 0]]
     assert batch.attention_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.completion_mask_BT.tolist() == [[False, False, True, True], [False, True, False, False]]
 
 
-def test_left_padding_for_generation() -> None:
+def test_line_02_left_padding_for_generation() -> None:
     ids, attention = left_pad([[5, 6], [7]], pad_id=0)
     assert ids.tolist() == [[5, 6], [0, 7]]
     assert attention.tolist() == [[1, 1], [0, 1]]

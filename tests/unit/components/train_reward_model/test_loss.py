@@ -51,7 +51,7 @@ def by_hand(model: Any, batch: list[EncodedRanking]) -> torch.Tensor:
     return total / weights
 
 
-def test_the_loss_and_its_gradient_are_those_of_all_pairs_whatever_the_micro_batches(tokenizer: Any, model: Any) -> None:
+def test_line_09_the_loss_and_its_gradient_are_those_of_all_pairs_whatever_the_micro_batches(tokenizer: Any, model: Any) -> None:
     some = rankings(12)
     some = [r._replace(confidence=[None, 0.5, 0.9][i % 3]) for i, r in enumerate(some)]
     some[0] = some[0]._replace(completions=some[0].completions[:2], ranks=[2, 1])
@@ -73,3 +73,44 @@ def test_the_loss_and_its_gradient_are_those_of_all_pairs_whatever_the_micro_bat
         for name, parameter in model.named_parameters():
             if name in gradients:
                 torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3)
+
+
+def watched(model: Any, batch: list[EncodedRanking], pad_id: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(input ids [N, T], where the gradient at the last hidden states is not 0 [N, T]) of every forward pass over a batch."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watch(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        ids = kwargs["input_ids"]
+        output.last_hidden_state.register_hook(lambda gradient: seen.append((ids, gradient.abs().sum(-1) > 0)))
+
+    hook = model.model.register_forward_hook(watch, with_kwargs=True)
+    accumulate(Config(), scorer_role(model, trainable=True), batch, pad_id)
+    hook.remove()
+    model.zero_grad()
+    return seen
+
+
+def test_line_09_a_ranking_costs_its_completions_and_not_its_pairs(tokenizer: Any, model: Any) -> None:
+    """K = 4: four rows where twelve sides of six pairs are compared, or the tokens of the prompt once and of each completion."""
+    batch = encode_rankings(tokenizer, rankings(3), 128).rankings
+    assert {len(each.completions) for each in batch} == {4}
+    assert sum(len(ids) for ids, _ in watched(model, batch, tokenizer.pad_token_id)) == 3 * 4
+    joined = [each._replace(joined=True) for each in batch]
+    real = sum(int((ids != tokenizer.pad_token_id).sum()) for ids, _ in watched(model, joined, tokenizer.pad_token_id))
+    assert real == sum(len(each.prompts[0]) + sum(map(len, each.completions)) for each in batch)
+
+
+def test_mistake_divergence_only_the_last_real_token_has_a_loss(tokenizer: Any, model: Any) -> None:
+    """One library compares two texts at every position from where they part, so that one side is scored on its padding."""
+    ranking = rankings(1)[0]._replace(completions=["my printer is slow", "my printer is slow and my phone is loud"], ranks=[2, 1])
+    batch = encode_rankings(tokenizer, [ranking], 128).rankings
+    ((ids, touched),) = watched(model, batch, tokenizer.pad_token_id)
+    lengths = [len(p) + len(c) for p, c in zip(batch[0].prompts, batch[0].completions, strict=True)]
+    assert lengths[0] < lengths[1] == ids.shape[1]
+    assert [row.nonzero().squeeze(1).tolist() for row in touched] == [[length - 1] for length in lengths]
+
+
+def test_line_11_one_epoch_and_none_of_the_extra_terms_is_the_default() -> None:
+    config = Config()
+    assert config.epochs == 1
+    assert (config.margin, config.label_smoothing, config.centring) == (0, 0, 0)

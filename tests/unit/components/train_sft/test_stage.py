@@ -69,7 +69,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 35, 10_000])
-def test_loss_and_gradient_are_those_of_the_completion_tokens_in_plain_torch(
+def test_line_28_loss_and_gradient_are_those_of_the_completion_tokens_in_plain_torch(
     micro_batch_tokens: int, model: Any, tokenizer: Any
 ) -> None:
     expected = plain_loss(model, EXAMPLES, tokenizer.pad_token_id)
@@ -81,7 +81,7 @@ def test_loss_and_gradient_are_those_of_the_completion_tokens_in_plain_torch(
         torch.testing.assert_close(gradient, by_hand[name], atol=1e-5, rtol=1e-5)
 
 
-def test_the_end_of_an_answer_is_learned(model: Any, tokenizer: Any) -> None:
+def test_line_03_the_end_of_an_answer_is_learned(model: Any, tokenizer: Any) -> None:
     prompt, eos = [3, 42, 4], tokenizer.eos_token_id
     role = policy_role(model, trainable=True)
     optimiser = torch.optim.Adam(role.trainable, 0.01)
@@ -114,7 +114,7 @@ def test_the_held_out_loss_is_that_of_plain_torch_and_leaves_no_gradient(model: 
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_an_example_is_its_chat_up_to_the_answer_then_the_answer_then_eos(tokenizer: Any) -> None:
+def test_line_03_an_example_is_its_chat_up_to_the_answer_then_the_answer_then_eos(tokenizer: Any) -> None:
     encoded, left_out = encode(tokenizer, [Example(said("is it slow", "my phone", "loud"), "my printer is slow")], CONTEXT_TOKENS)
     assert left_out == 0
     prompt, completion = (tokenizer.decode(ids) for ids in encoded[0])
@@ -122,7 +122,7 @@ def test_an_example_is_its_chat_up_to_the_answer_then_the_answer_then_eos(tokeni
     assert completion == "my printer is slow<|end|>"
 
 
-def test_a_prompt_is_cut_at_the_front_and_its_completion_never(tokenizer: Any) -> None:
+def test_line_04_a_prompt_is_cut_at_the_front_and_its_completion_never(tokenizer: Any) -> None:
     long = said("is it slow", "my printer " * 6, "my phone " * 6)
     answer = "my phone is loud"
     (whole,), _ = encode(tokenizer, [Example(said("is it slow"), answer)], CONTEXT_TOKENS)
@@ -132,14 +132,16 @@ def test_a_prompt_is_cut_at_the_front_and_its_completion_never(tokenizer: Any) -
     assert encode(tokenizer, [Example(long, answer)], limit - 1, required=False) == ([], 1)
 
 
-def test_examples_that_do_not_fit_are_counted_and_the_others_keep_their_order(
+def test_line_04_examples_that_do_not_fit_are_counted_and_the_others_keep_their_order(
     tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = ["my phone", "my " * 70, "slow", "loud " * 70, "is"]
-    encoded, left_out = encode(tokenizer, [Example(said("slow"), text) for text in texts], CONTEXT_TOKENS)
+    examples = [Example(said("slow"), text) for text in texts]
+    examples[2] = Example(said("slow", "loud " * 70, "my phone"), "slow")
+    encoded, left_out = encode(tokenizer, examples, CONTEXT_TOKENS)
     assert left_out == 2
     assert [tokenizer.decode(e.completion_ids[:-1]) for e in encoded] == ["my phone", "slow", "is"]
-    assert "2 of 5 examples do not fit the context of 64 tokens and are left out" in caplog.text
+    assert "2 of 5 examples do not fit the context of 64 tokens and are left out; 1 lost the front" in caplog.text
 
 
 def test_examples_of_which_none_fits_are_an_error_only_where_some_are_needed(tokenizer: Any) -> None:

@@ -88,7 +88,7 @@ def test_a_row_that_breaks_a_rule_is_named(name: str, changes: dict[str, Any]) -
     assert found[name].observed >= 1
 
 
-def test_a_prompt_in_two_splits_fails() -> None:
+def test_line_05_a_prompt_in_two_splits_fails() -> None:
     found = failed([*good(), ranking(9, prompt=user("question 0"), split="train")])
     assert list(found) == ["no prompt in two splits"]
     assert {example.split()[0] for example in found["no prompt in two splits"].examples} == {"r0", "r9"}
