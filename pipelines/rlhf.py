@@ -53,7 +53,8 @@ def rlhf(
     closing = close_run()
     closing.set_caching_options(False)
     with dsl.ExitHandler(closing):
-        # An unknown method would take the last branch below. `rankloop run` refuses it; this is for who submits the graph itself.
+        # An unknown method would take the last branch below. `rankloop run` refuses it before; this ends the run of whoever submits
+        # the graph by hand: a cluster starts nothing more once a task has failed.
         with dsl.If(method != "ppo", name="not-ppo"):
             with dsl.If(method != "dpo", name="nor-dpo"):
                 with dsl.If(method != "both", name="nor-both"):

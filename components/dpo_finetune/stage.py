@@ -56,7 +56,7 @@ class Config(Settings):
 
     loss: Loss = "pairs"
     """Likelihood of a ranking: the mean over its pairs ("pairs"), or that of the whole order ("plackett_luce")."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.3, gt=0)
     """Implicit reward per nat of log-ratio to the reference; smaller lets the policy go further from it."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the rankings."""

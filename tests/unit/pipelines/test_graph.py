@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines import STAGES
-from tests.golden.write import GOLDEN, compiled, text
+from tests.golden.write import GOLDEN, compiled, shape, text
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,38 @@ def test_a_value_that_decides_a_branch_is_one_word(document: dict[str, Any]) -> 
     assert Counter(compared) == {"pass": 4, "ppo": 4, "dpo": 3, "both": 1}
 
 
-def test_what_depends_on_the_registry_is_never_cached(document: dict[str, Any]) -> None:
-    from tests.golden.write import shape
+def tasks_that_run(tasks: dict[str, Any], method: str, gate: str) -> set[str]:
+    """Names of the tasks whose conditions all hold."""
+    found = set()
+    for name, task in tasks.items():
+        when = task["when"] if "parameter_values" in task["when"] else "True"
+        when = re.sub(
+            r"inputs\.parameter_values\['pipelinechannel--(method)?.*?'\]", lambda m: repr(method if m[1] else gate), when
+        )
+        if eval(when.replace("!(", "not (").replace("&&", "and")):
+            found |= tasks_that_run(task["tasks"], method, gate) if "tasks" in task else {name}
+    return found
 
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("ppo", {"ppo-finetune", "evaluate"}),
+        ("dpo", {"dpo-finetune", "evaluate-2"}),
+        ("both", {"ppo-finetune-2", "dpo-finetune-2", "evaluate-3"}),
+    ],
+)
+def test_each_method_runs_its_own_stages_once(document: dict[str, Any], method: str, expected: set[str]) -> None:
+    around = {"ingest-rankings", "validate-data", "train-sft", "train-reward-model", "register-model", "close-run"}
+    assert tasks_that_run(shape(document)["tasks"], method, "pass") == around | expected
+
+
+@pytest.mark.parametrize("method", ["grpo", "", "PPO"])
+def test_an_unknown_method_stops_the_run(document: dict[str, Any], method: str) -> None:
+    assert "stop-run" in tasks_that_run(shape(document)["tasks"], method, "pass")
+
+
+def test_what_depends_on_the_registry_is_never_cached(document: dict[str, Any]) -> None:
     def cached(tasks: dict[str, Any]) -> dict[str, bool]:
         found = {}
         for name, task in tasks.items():
