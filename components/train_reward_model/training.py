@@ -131,6 +131,8 @@ def train_and_score(
         learned, asked = (join_where_it_pays(role, each, tokenizer.pad_token_id) for each in (train, test))
         train_loop(config, config.seed, name, role, learned, tokenizer.pad_token_id, context)
         raw = scores_of(role, asked, tokenizer.pad_token_id, config.micro_batch_tokens)
+        if not all(math.isfinite(score) for scores in raw for score in scores):
+            raise DoNotRetry(f"the {name} model diverged: scores that are not finite", "lower train_reward_model.learning_rate")
         finished.save(raw)
     return with_scores(test, raw)
 
