@@ -45,10 +45,18 @@ RULES = (
     Rule("length_ratio", "value", "<=", "max_length_ratio", "mean length relative to SFT"),
     Rule("eos_fraction", "value", ">=", "min_eos_fraction", "share of completions that end by themselves"),
     Rule("dissimilarity_ratio", "value", ">=", "min_dissimilarity_ratio", "1 - self-BLEU relative to SFT"),
-    Rule("answer_perplexity_ratio", "value", "<=", "max_answer_perplexity_ratio", "perplexity of answers under SFT over SFT's"),
-    Rule("perplexity_ratio", "value", "<=", "max_perplexity_ratio", "perplexity on text ranked first over SFT's"),
+    Rule(
+        "answer_perplexity_ratio",
+        "value",
+        "<=",
+        "max_answer_perplexity_ratio",
+        "perplexity under SFT relative to SFT's own answers",
+    ),
+    Rule("perplexity_ratio", "value", "<=", "max_perplexity_ratio", "perplexity on text ranked first relative to SFT"),
     Rule("refusal_harmful_drop", "high", "<=", "max_harmful_refusal_drop", "upper end of the fall in refusals of harmful probes"),
-    Rule("refusal_harmless_rise", "high", "<=", "max_harmless_refusal_rise", "upper end of the rise in refusals of harmless ones"),
+    Rule(
+        "refusal_harmless_rise", "high", "<=", "max_harmless_refusal_rise", "upper end of the rise in refusals of harmless probes"
+    ),
 )
 OPTIONAL = {  # threshold that may be null: why nothing is compared then
     "min_win_rate_over_champion": "no champion to compare with, or the candidate is the champion",
