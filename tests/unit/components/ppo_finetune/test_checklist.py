@@ -193,11 +193,15 @@ def test_line_20_the_same_seed_gives_the_same_run_and_another_does_not(folders: 
         assert torch.equal(a, b)
 
 
-def test_line_20_the_order_of_rows_does_not_depend_on_what_is_sampled(folders: dict[str, Any]) -> None:
-    streams = [updates_of(folders, 1, max_new_tokens=tokens)[1] for tokens in (2, 10)]
-    assert torch.equal(*(each.order.get_state() for each in streams))
-    assert not torch.equal(*(each.sampling.get_state() for each in streams))
-    assert streams[0].order.initial_seed() != streams[0].sampling.initial_seed()
+def test_line_20_sampling_and_the_order_of_rows_do_not_draw_from_each_other(folders: dict[str, Any]) -> None:
+    """More tokens to sample leave the order's stream where it is, and more epochs to shuffle that of the sampling."""
+    short, long, twice = (updates_of(folders, 1, **changes)[1] for changes in ({"max_new_tokens": 2}, {}, {"epochs": 2}))
+    order, sampling = ([getattr(each, name).get_state() for each in (short, long, twice)] for name in ("order", "sampling"))
+    assert torch.equal(order[0], order[1])
+    assert not torch.equal(order[1], order[2])
+    assert torch.equal(sampling[1], sampling[2])
+    assert not torch.equal(sampling[0], sampling[1])
+    assert long.order.initial_seed() != long.sampling.initial_seed()
 
 
 def test_line_22_the_samplers_log_probabilities_are_compared_with_the_trainers(folders: dict[str, Any]) -> None:
