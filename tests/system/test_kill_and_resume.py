@@ -19,7 +19,7 @@ from pipelines.local_services import LocalServices
 from tests.stage_processes import OPTIONS, Ended, StageProcess, Undisturbed, contents, is_measured, run, train_undisturbed
 
 KILLS, KILLS_PER_RUN = 20, 5
-STEPS = {"train_sft": 27, "train_reward_model": 26, "ppo_finetune": 17}  # of a whole run
+STEPS = {"train_sft": 27, "train_reward_model": 26, "ppo_finetune": 17, "dpo_finetune": 13}  # of a whole run
 LATER_SECONDS = 0.1  # after a step; the next one takes about as long, with its checkpoint
 
 
