@@ -16,7 +16,7 @@ run: $(STAMP)  ## the whole loop on this machine (ARGS="--seed 1" and so on go t
 	$(BIN)/rankloop run $(ARGS)
 
 test: lint  ## lint, types, unit and integration tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/integration tests/unit -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/integration tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -16,3 +16,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices
     os.environ.pop("MLFLOW_RUN_ID", None)
     with LocalServices(tmp_path_factory.mktemp("home")) as running, environment_of(running):
         yield running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first: with two workers that take a file each, it would else run on alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_run.py")
