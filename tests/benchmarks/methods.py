@@ -224,28 +224,28 @@ def of_seed(profile: Profile, seed: int, prompts: int, samples: int, results: Pa
     """All rows of one seed; those of the same work that are in the file are taken from it."""
     work = json_digest([profile.model_dump(mode="json"), prompts, samples])[:16]
     lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-    rows: list[Row] = [row for row in map(json.loads, lines) if row["work"] == work]
-    todo = [(m, s) for m, each in SETTINGS.items() for s in each if not any((r["method"], r["setting"]) == (m, s) for r in rows)]
+    known: dict[str, Row] = {row["method"] + str(row["setting"]): row for row in map(json.loads, lines) if row["work"] == work}
+    todo = [(method, setting) for method, each in SETTINGS.items() for setting in each if method + str(setting) not in known]
     if not todo:
-        return rows
+        return list(known.values())
     torch.set_num_threads(profile.stages["ppo_finetune"]["threads"] or torch.get_num_threads())
     world = world_of(profile, prompts)
     budget = profile.stages["evaluate"]["max_new_tokens"]
     with open(results, "a", encoding="utf-8") as file:
 
         def keep(method: str, found: Row) -> None:
-            rows.append({"work": work, "seed": seed, "method": method, **found})
-            file.write(json.dumps(rows[-1]) + "\n")
+            row = {"work": work, "seed": seed, "method": method, **found}
+            known[method + str(row["setting"])] = row
+            file.write(json.dumps(row) + "\n")
             file.flush()
 
         if any(method == "best-of-n" for method, _ in todo):
-            rows = [row for row in rows if row["method"] != "best-of-n"]
             for row in best_of_n(world, budget):
                 keep("best-of-n", row)
         for method, setting in todo:
             if method != "best-of-n":
                 keep(method, {"setting": setting, **measured(trained(method, profile, world, setting), world, samples, budget)})
-    return rows
+    return list(known.values())
 
 
 if __name__ == "__main__":
