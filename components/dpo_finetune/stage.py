@@ -29,9 +29,8 @@ from components.rlhf.models import (
     add_adapter,
     context_tokens,
     load_policy,
-    merge_adapter_into,
     policy_role,
-    save_model,
+    save_policy,
 )
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.rankings import EncodedRanking, Encoding, encode_rankings, join_where_it_pays, pack, teaches_judge
@@ -187,7 +186,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     ends = {"value": "accuracy", "low": "accuracy_low", "high": "accuracy_high"}
     context.summary.update({name: accuracy[end] for end, name in ends.items() if accuracy[end] is not None})
     folder = context.scratch / "policy"
-    save_policy(config, model, tokenizer, sft, folder)
+    save_policy(model, tokenizer, folder, base=sft, adapter=ADAPTER if config.lora_rank else "")
     training = folder / "training.jsonl"
     training.write_text("".join(json.dumps(each) + "\n" for each in history), encoding="utf-8")
     context.tracker.artifact(training)
@@ -358,12 +357,3 @@ def logprobs_of(config: Config, role: Role, rankings: Sequence[EncodedRanking], 
         each_K = group_logprobs(role, group, pad_id).cpu().split([len(each.completions) for each in group])
         found |= {id(each): logprobs_K for each, logprobs_K in zip(group, each_K, strict=True)}
     return [found[id(each)] for each in rankings]
-
-
-def save_policy(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sft: Path, folder: Path) -> None:
-    """The policy as a plain Hugging Face folder; an adapter is merged into a fresh float32 copy of its base."""
-    if config.lora_rank:
-        plain, _ = load_policy(sft)
-        merge_adapter_into(plain, model, ADAPTER)
-        model = plain
-    save_model(model, tokenizer, folder)

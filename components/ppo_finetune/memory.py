@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from components.rlhf.memory import (
-    TRAINED_BYTES,
     Share,
     cache_bytes,
     held_bytes,
@@ -61,10 +60,10 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
         scorer = [value] * len(scorers)
         shares += [Share("reference", "weights", base), Share("policy", "weights", trained)]
     shares += [
-        Share("policy", "AdamW's moments", trained * (TRAINED_BYTES - FLOAT_BYTES) // FLOAT_BYTES),
+        Share("policy", "AdamW's moments", 2 * trained),
         Share("policy", "copy of the best so far", trained),
         Share("value", "adapter" if knobs.lora_rank else "weights", value),
-        Share("value", "AdamW's moments", value * (TRAINED_BYTES - FLOAT_BYTES) // FLOAT_BYTES),
+        Share("value", "AdamW's moments", 2 * value),
         Share("reward", "adapter" if knobs.lora_rank else "weights", sum(scorer[:-1])),
         Share("judge", "adapter" if knobs.lora_rank else "weights", scorer[-1]),
     ]

@@ -23,9 +23,7 @@ from components.rlhf.models import (
     load_policy,
     load_scorer,
     member_folders,
-    merge_adapter_into,
     policy_role,
-    save_model,
     scorer_role,
 )
 from components.rlhf.reward import Centring
@@ -137,13 +135,3 @@ def _adapters(
             for name, head in zip(names, heads, strict=True)
         ),
     ]
-
-
-def save_policy(roles: Roles, sft: Path, folder: Path) -> None:
-    """The policy as a plain Hugging Face folder; an adapter is merged into a fresh float32 copy of its base."""
-    if roles.lora:
-        plain, _ = load_policy(sft)
-        merge_adapter_into(plain, roles.model, POLICY)
-        save_model(plain, roles.tokenizer, folder)
-    else:
-        save_model(roles.model, roles.tokenizer, folder)

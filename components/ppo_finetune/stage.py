@@ -21,12 +21,12 @@ from pydantic import Field, model_validator
 from components.ppo_finetune.memory import plan
 from components.ppo_finetune.pretraining import examples_of_update, read_texts, windows
 from components.ppo_finetune.prompts import read_prompts
-from components.ppo_finetune.roles import Roles, load_roles, save_policy
+from components.ppo_finetune.roles import POLICY, Roles, load_roles
 from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optimise, roll_out, statistics
 from components.ppo_finetune.watch import check, keep_best, over_optimised
 from components.rlhf.activations import checkpoint_activations
 from components.rlhf.memory import GIB, peak_bytes, table
-from components.rlhf.models import context_tokens, member_folders
+from components.rlhf.models import context_tokens, member_folders, save_policy
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
 from components.rlhf.reward import Aggregation
@@ -294,7 +294,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         memory_peak_gib=peak_gib,
     )
     folder = context.scratch / "policy"
-    save_policy(roles, folders["sft"], folder)
+    save_policy(roles.model, roles.tokenizer, folder, base=folders["sft"], adapter=POLICY if roles.lora else "")
     training = folder / "training.jsonl"
     training.write_text("".join(json.dumps(each) + "\n" for each in progress.history), encoding="utf-8")
     context.tracker.artifact(training)

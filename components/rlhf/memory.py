@@ -20,7 +20,6 @@ from components.rlhf.models import Precision, Role, adapter_role, add_adapter, d
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-TRAINED_BYTES = 12  # of a trained float32 weight, beside itself: its gradient and AdamW's two moments
 GIB = 2**30
 
 

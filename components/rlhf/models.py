@@ -339,6 +339,15 @@ def merge_adapter_into(target: PreTrainedModel, source: PreTrainedModel, adapter
             weight += layer.get_delta_weight(adapter).to(weight.dtype)
 
 
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: Path, adapter: str) -> None:
+    """A policy as `save_model` writes it; `adapter`, if there is one, is merged into a fresh float32 copy of `base`."""
+    if adapter:
+        plain, _ = load_policy(base)
+        merge_adapter_into(plain, model, adapter)
+        model = plain
+    save_model(model, tokenizer, folder)
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A plain Hugging Face folder: safetensors, tokenizer, chat template. Loads with any `AutoModel`."""
     model.save_pretrained(folder, safe_serialization=True)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from components.ppo_finetune.roles import Roles, load_roles, save_policy
+from components.ppo_finetune.roles import POLICY, Roles, load_roles
 from components.ppo_finetune.stage import Config, Progress
 from components.ppo_finetune.update import Experience, look_at, optimise, roll_out, statistics
-from components.rlhf.models import load_scorer
+from components.rlhf.models import load_scorer, save_policy
 from components.rlhf.optimisation import weights_of
 from components.rlhf.reward import Centring, score
 from components.rlhf.tokens import encode_prompt
@@ -184,7 +184,8 @@ def test_the_saved_policy_is_the_trained_one_in_plain_transformers(folders: dict
     config, roles = _config(), _roles(folders)
     progress = Progress(config, roles)
     optimise(config, roles, progress.optimisers, _experience(config, roles), 0.1, torch.Generator(), critic_only=False)
-    save_policy(roles, folders["sft"], tmp_path / "policy")
+    adapter = POLICY if roles.lora else ""
+    save_policy(roles.model, roles.tokenizer, tmp_path / "policy", base=folders["sft"], adapter=adapter)
     ids = torch.tensor([[5, 9, 12, 7, 30]])
     expected = roles.policy.head(roles.policy.hidden(ids))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
