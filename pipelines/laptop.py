@@ -147,6 +147,8 @@ def show_result(console: Console, storage: Storage, services: LocalServices, res
     ingest = ingest_report(storage, services.storage_root, evaluation["snapshot_uri"])
     measures = evaluation["measures"]
     version, alias = registered["outputs"]["version"], registered["outputs"]["alias"]
+    if alias == "unchanged":
+        alias += " (it is the champion)"
     rows = [
         ("method", made_by(storage, evaluation)),
         ("rankings", "{read} read, {accepted} kept, {duplicates} duplicates, {quarantined} quarantined".format(**ingest)),
@@ -156,13 +158,8 @@ def show_result(console: Console, storage: Storage, services: LocalServices, res
     if "true_win_rate_over_sft" in measures:
         rows.append(("", estimate(measures["true_win_rate_over_sft"]) + " by the simulated truth"))
     if evaluation["champion_version"]:
-        same = " (it is the champion)" if evaluation["same_as_champion"] else ""
-        rows.append(
-            (
-                "over the champion",
-                f"{estimate(measures.get('win_rate_over_champion'))} over version {evaluation['champion_version']}{same}",
-            )
-        )
+        over = f"{estimate(measures.get('win_rate_over_champion'))} over version {evaluation['champion_version']}"
+        rows.append(("over the champion", over))
     rows += [
         ("KL to SFT", estimate(measures.get("kl_reference")) + " nats per answer"),
         ("gate", evaluation["gate"] + failed_rows(evaluation)),

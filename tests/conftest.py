@@ -18,6 +18,9 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices
         yield running
 
 
+LONGEST = ("test_run.py", "test_lost_server.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first: with two workers that take a file each, it would else run on alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_run.py")
+    """The files that take longest come first: with two workers that take a file each, one would else run on alone at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

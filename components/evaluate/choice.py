@@ -19,7 +19,7 @@ from components.services.exits import DoNotRetry
 from components.services.launch import Context
 from components.services.storage import MARKER, join
 
-BOUNDS = ("kl_reference", "distinct_2_ratio", "length_ratio", "eos_fraction")
+BOUNDS = ("kl_reference", "distinct_2_ratio", "length_ratio", "eos_fraction", "dissimilarity_ratio")
 
 _log = logging.getLogger(__name__)
 

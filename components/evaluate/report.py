@@ -41,8 +41,6 @@ def evaluation_page(
     banners = [_verdict(evaluation)]
     if evaluation["simulated"]:
         banners.insert(0, SIMULATED_BANNER)
-    if evaluation["same_as_champion"]:
-        banners.append(("note", f"The candidate is the champion itself (version {evaluation['champion_version']})."))
     return render_page(
         "Evaluation of a policy",
         f"{len(samples)} held-out prompts, one answer each. Intervals are at 95 %. Candidate {evaluation['candidate_uri']}",

@@ -123,6 +123,9 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
     # 1. The champion and the probes' content are no inputs, but part of what is evaluated: the folder's name depends on them.
     champion = find_champion(config.policy_name)
+    if champion and not inputs.rival_uri and same_policy(champion.uri, inputs.candidate_uri):
+        _log.info("the candidate is the champion, version %s: it has nobody to beat", champion.version)
+        champion = None
     probes = find_probes(config, context)
     uri = context.uri("evaluations", json_digest([context.key, champion, probes])[:32])
     folder = context.scratch / "evaluation"
@@ -148,10 +151,9 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         thresholds = thresholds_of(config, compared=False, probed=False)
         choice = choose(context, (candidate_uri, rival_uri), inputs.sft_uri, inputs.judge_model_uri, others, sampling, thresholds)
         candidate_uri, rival_uri = (each["uri"] for each in choice["candidates"])
-    same = champion is not None and champion.uri.rstrip("/") == candidate_uri.rstrip("/")
-    policies = {"candidate": candidate_uri, "sft": inputs.sft_uri}
-    if champion and not same:
-        policies["champion"] = champion.uri
+    if champion and same_policy(champion.uri, candidate_uri):
+        champion = None
+    policies = {"candidate": candidate_uri, "sft": inputs.sft_uri} | ({"champion": champion.uri} if champion else {})
     texts = first_ranked(iterate_snapshot(snapshot, "test"), prompts)
     drawn = draw(context, policies, prompts, sampling, texts, probes)
     used = list(drawn.log_ratios)
@@ -174,7 +176,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     probed = probe_records(drawn.probes, drawn.probe_answers, config.refusal_phrases)
     measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples)
     measures |= measure_perplexity(drawn.answers_read, drawn.texts_read, seed, resamples) | measure_refusals(probed)
-    thresholds = thresholds_of(config, compared="champion" in policies, probed=bool(probes))
+    thresholds = thresholds_of(config, compared=champion is not None, probed=bool(probes))
     table, gate = decide(measures, thresholds)
     evaluation = {
         **inputs.model_dump(mode="json"),
@@ -183,7 +185,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         "choice": choice,
         "champion_version": champion.version if champion else "",
         "champion_uri": champion.uri if champion else "",
-        "same_as_champion": same,
         "simulated": config.truth == "simulated" or SIMULATED in sources,
         "prompts": counts,
         "measures": measures,
@@ -200,6 +201,10 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     facts = {"gate": gate, "champion": champion._asdict() if champion else None, "parents": inputs.model_dump(mode="json")}
     context.storage.publish_folder(folder, uri, context.marker("evaluation", **facts))
     return _log_results(context, evaluation, uri, folder)
+
+
+def same_policy(uri: str, other: str) -> bool:
+    return uri.rstrip("/") == other.rstrip("/")
 
 
 def find_probes(config: Config, context: Context) -> list[Probe]:

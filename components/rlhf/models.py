@@ -88,8 +88,12 @@ def device() -> torch.device:
     )
 
 
-def load_policy(folder: Path | str, precision: Precision = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(
+    folder: Path | str, precision: Precision = "float32", place: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, in eval mode (no dropout), with a pad token that is not EOS.
+
+    It is put on `place`, or else on this process's device.
 
     Raises:
         ValueError: no EOS token or no chat template, or logits that are changed after the head.
@@ -103,7 +107,7 @@ def load_policy(folder: Path | str, precision: Precision = "float32") -> tuple[P
         if getattr(model.config, name, None) not in (None, 0, 1, 1.0):
             raise ValueError(f"{folder}: its config sets {name}: logits that are changed after the head are not supported")
     _prepare_tokenizer(model, tokenizer, folder)
-    return _ready(model), tokenizer
+    return _ready(model, place), tokenizer
 
 
 def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -175,9 +179,9 @@ def new_scorer(policy_folder: Path | str, seed: int, precision: Precision = "flo
     return _ready(model)
 
 
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
+def _ready(model: PreTrainedModel, place: torch.device | None = None) -> PreTrainedModel:
     """On the device, without dropout, with the attention that is fastest there."""
-    model = model.to(device()).eval()
+    model = model.to(place or device()).eval()
     if model.device.type == "cpu":
         use_short_rows(model)
     return model
@@ -336,13 +340,16 @@ def merge_adapter_into(target: PreTrainedModel, source: PreTrainedModel, adapter
     with torch.no_grad():
         for name, layer in lora_layers(source):
             weight = target.get_submodule(name).weight
-            weight += layer.get_delta_weight(adapter).to(weight.dtype)
+            weight += layer.get_delta_weight(adapter).to(weight)
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: Path, adapter: str) -> None:
-    """A policy as `save_model` writes it; `adapter`, if there is one, is merged into a fresh float32 copy of `base`."""
+    """A policy as `save_model` writes it; `adapter`, if there is one, is merged into a fresh float32 copy of `base`.
+
+    The copy is made on the CPU: beside a model in bfloat16 the device may not have room for it.
+    """
     if adapter:
-        plain, _ = load_policy(base)
+        plain, _ = load_policy(base, place=torch.device("cpu"))
         merge_adapter_into(plain, model, adapter)
         model = plain
     save_model(model, tokenizer, folder)

@@ -1,83 +1,20 @@
-"""`rankloop run` as a person runs it: a process, real servers, the whole graph with a small profile."""
+"""`rankloop run` from its first interrupt to its last wrong input, in one home."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
-from components.services.exits import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED, EXIT_RETRY
+from components.services.exits import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED
 from components.services.storage import Storage
 from components.services.tracking import client
-from components.simulated_world.generate import simulate_rankings
-from pipelines import stages_of
 from pipelines.local_services import LocalServices, environment_of
-
-STAGES = stages_of("ppo")
-PROFILE = Path(__file__).with_name("small.yaml")
-
-
-def command(home: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "pipelines.cli", "run", "--profile", str(PROFILE), "--home", str(home), *options]
-
-
-def environment() -> dict[str, str]:
-    """This process's, without the servers of the test session."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RANKLOOP_"))}
-
-
-def run(home: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(home, *options), capture_output=True, text=True, env=environment(), timeout=300, check=False)
-
-
-def start(home: Path, *options: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(home, *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
-
-
-def wait_for_stage(home: Path, runs_before: int, stage: str, process: subprocess.Popen[str]) -> None:
-    """Until the newest run has begun the stage."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        folders = sorted((home / "runs").glob("*")) if (home / "runs").exists() else []
-        if len(folders) > runs_before and (folders[-1] / "events.jsonl").exists():
-            begun = [json.loads(line) for line in (folders[-1] / "events.jsonl").read_text().splitlines() if line.endswith("}")]
-            if any(each["event"] == "start" and each["stage"] == stage for each in begun):
-                return
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        time.sleep(0.05)
-    raise AssertionError(f"{stage} never began")
-
-
-def left_behind(home: Path) -> list[str]:
-    """Command lines of processes that still work on this home."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        text = " ".join(process.info["cmdline"] or ())
-        if str(home) in text and process.pid != os.getpid() and "pytest" not in text:
-            found.append(text)
-    return found
-
-
-def write_rankings(path: Path, count: int, seed: int) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in simulate_rankings(count, seed)), encoding="utf-8")
-    return path
+from tests.integration.pipelines.loop import STAGES, left_behind, registry, run, start, wait_for_stage, write_rankings
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +25,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rankings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rankings(tmp_path_factory.mktemp("labels") / "rankings.jsonl", 200, seed=0)
-
-
-def registry(home: Path) -> tuple[list[Any], dict[str, str]]:
-    """Versions of the policy, oldest first, and its aliases."""
-    with LocalServices(home) as services, environment_of(services):
-        mlflow = client()
-        if not mlflow.search_registered_models("name = 'rankloop-policy'"):
-            return [], {}
-        versions = sorted(mlflow.search_model_versions("name = 'rankloop-policy'"), key=lambda v: int(v.version))
-        return versions, {k: str(v) for k, v in mlflow.get_registered_model("rankloop-policy").aliases.items()}
 
 
 def test_an_interrupt_in_any_stage_stops_everything_and_the_next_run_goes_on(home: Path, rankings: Path) -> None:
@@ -124,27 +51,39 @@ def test_an_interrupt_in_any_stage_stops_everything_and_the_next_run_goes_on(hom
     assert "<html" in Path(report.split("│")[2].strip()).read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def kept_up(home: Path) -> Iterator[None]:
+    """The home's servers, which a run then uses and leaves alone: they take six seconds to start."""
+    with LocalServices(home):
+        yield
+
+
+@pytest.mark.usefixtures("kept_up")
 def test_unchanged_work_is_reused_and_changed_content_at_the_same_path_is_not(home: Path, rankings: Path) -> None:
+    before, _ = registry(home)
     again = run(home, "--rankings", str(rankings))
     assert again.returncode == 0, again.stdout + again.stderr
     assert re.findall(r"^= (\w+) +reused", again.stdout, re.M) == list(STAGES[:5])
-    assert len(registry(home)[0]) == 1
+    versions, aliases = registry(home)
+    assert len(versions) == len(before)
 
     write_rankings(rankings, 210, seed=1)
     other = run(home, "--rankings", str(rankings))
     assert other.returncode == 0, other.stdout + other.stderr
     assert "reused" not in other.stdout
     assert "210 read, 210 kept" in other.stdout
-    assert "over version 1" in other.stdout, "the challenger is compared with the champion"
-    assert len(registry(home)[0]) == 2
+    assert f"over version {aliases['champion']}" in other.stdout, "the challenger is compared with the champion"
+    assert len(registry(home)[0]) == len(versions) + 1
 
 
+@pytest.mark.usefixtures("kept_up")
 def test_a_changed_setting_repeats_its_stage_and_those_after_it(home: Path, rankings: Path) -> None:
     done = run(home, "--rankings", str(rankings), "--set", "ppo_finetune.beta=0.2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"^= (\w+) +reused", done.stdout, re.M) == list(STAGES[:4])
 
 
+@pytest.mark.usefixtures("kept_up")
 def test_both_methods_are_trained_and_the_evaluation_chooses_one(home: Path, rankings: Path) -> None:
     done = run(home, "--rankings", str(rankings), "--method", "both")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -167,6 +106,7 @@ def made_by(home: Path, output: str) -> str:
     return next(str(version.tags["stage"]) for version in registry(home)[0] if [str(version.version)] == shown)
 
 
+@pytest.mark.usefixtures("kept_up")
 def test_every_stage_is_a_child_run_with_config_metrics_and_artifacts(home: Path) -> None:
     with LocalServices(home) as services, environment_of(services):
         mlflow = client()
@@ -188,6 +128,7 @@ def test_every_stage_is_a_child_run_with_config_metrics_and_artifacts(home: Path
             assert file in {item.path for item in mlflow.list_artifacts(by_stage[stage].info.run_id)}
 
 
+@pytest.mark.usefixtures("kept_up")
 def test_failed_data_end_the_run_with_the_expectation_and_move_nothing(home: Path, tmp_path: Path) -> None:
     before = registry(home)
     few = write_rankings(tmp_path / "few.jsonl", 20, seed=2)
@@ -200,24 +141,7 @@ def test_failed_data_end_the_run_with_the_expectation_and_move_nothing(home: Pat
     assert len(after[0]) == len(before[0])
 
 
-def test_mlflow_killed_in_the_middle_is_a_failure_to_retry_and_the_retry_succeeds(home: Path, tmp_path: Path) -> None:
-    rankings = write_rankings(tmp_path / "rankings.jsonl", 220, seed=3)
-    runs = len(list((home / "runs").glob("*")))
-    process = start(home, "--rankings", str(rankings))
-    wait_for_stage(home, runs, "train_reward_model", process)
-    servers = json.loads((home / "services.json").read_text(encoding="utf-8"))
-    os.killpg(servers["processes"][1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == EXIT_RETRY, output
-    assert "MLflow" in output
-    assert "Traceback" not in output
-    assert not left_behind(home)
-
-    done = run(home, "--rankings", str(rankings))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"^= (\w+) +reused", done.stdout, re.M)[:3] == list(STAGES[:3])
-
-
+@pytest.mark.usefixtures("kept_up")
 def test_what_is_published_is_complete(home: Path) -> None:
     """Whatever was interrupted above: a folder of artifacts has its marker, or it is not counted."""
     with LocalServices(home) as services, environment_of(services):
@@ -229,13 +153,6 @@ def test_what_is_published_is_complete(home: Path) -> None:
             for uri in uris:
                 assert any(uri.startswith(folder + "/") for folder in markers), f"{uri} belongs to no published folder"
         assert not list(storage.list(f"{services.storage_root}/checkpoints/")), "finished work leaves no checkpoint"
-
-
-@pytest.fixture(scope="module")
-def kept_up(home: Path) -> Iterator[None]:
-    """The home's servers, which a run then uses and leaves alone."""
-    with LocalServices(home):
-        yield
 
 
 @pytest.mark.usefixtures("kept_up")
