@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-import time
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -83,8 +84,10 @@ def services(home: Home = None) -> None:
     """Starts the local S3 and MLflow servers and keeps them up until Ctrl-C."""
     from pipelines.local_services import QUIET, LocalServices, default_home
 
-    console = _console()
+    console, interrupted = _console(), threading.Event()
     with LocalServices(home or default_home()) as running:
+        # Python loses a KeyboardInterrupt that is raised in a callback, such as those of a late import; an event it does not lose.
+        signal.signal(signal.SIGINT, lambda *_: interrupted.set())
         console.print(f"MLflow: {running.tracking_uri}\nS3 bucket: {running.storage_root}\n", highlight=False)
         console.print("For stages in another shell:", highlight=False)
         for key, value in running.environment.items():
@@ -92,9 +95,10 @@ def services(home: Home = None) -> None:
                 print(f"export {key}={value}")
         console.print("\nCtrl-C stops them." if not running.attached else "\nThey belong to another process.", highlight=False)
         sys.stdout.flush()
-        while not running.attached:
+        while not running.attached and not interrupted.wait(1):
             running.check()
-            time.sleep(1)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Runs two commands in turn, A B A B …, and prints what each reached and the ratios, pair by pair.
+"""Runs commands in turn, A B A B …, and prints what each reached and the ratios, round by round.
 
     python -m tests.benchmarks.compare --rounds 5 --ours "…" --theirs "…"
 
@@ -9,6 +9,7 @@ ratios is the result.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
@@ -28,20 +29,24 @@ def measured(command: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ours", required=True, help="command")
-    parser.add_argument("--theirs", required=True, help="command")
+    parser.add_argument("--ours", required=True, action="append", help="command; more than one: each is compared with each of theirs")
+    parser.add_argument("--theirs", required=True, action="append", help="command")
     parser.add_argument("--rounds", type=int, default=5)
     a = parser.parse_args()
-    pairs = []
+    found: dict[str, list[dict[str, float]]] = {command: [] for command in (*a.ours, *a.theirs)}
     for number in range(a.rounds):
-        pairs.append((measured(a.ours), measured(a.theirs)))
-        print(f"round {number + 1}: ours {json.dumps(pairs[-1][0])} theirs {json.dumps(pairs[-1][1])}", file=sys.stderr, flush=True)
-    print("| | ours, median [min, max] | theirs | ratio, median [min, max] |\n|---|---|---|---|")
-    for key in (*HIGHER_IS_BETTER, "peak_gib"):
-        if key in pairs[0][0] and key in pairs[0][1]:
-            ours, theirs = ([pair[side][key] for pair in pairs] for side in (0, 1))
-            ratios = [x / y for x, y in zip(ours, theirs, strict=True)]
-            print(f"| {key} | {_spread(ours)} | {_spread(theirs)} | {_spread(ratios)} |")
+        for command, runs in found.items():
+            runs.append(measured(command))
+            print(f"round {number + 1}: {command}: {json.dumps(runs[-1])}", file=sys.stderr, flush=True)
+    for ours, theirs in itertools.product(a.ours, a.theirs):
+        print(f"\n    ours:   {ours}\n    theirs: {theirs}\n")
+        print("| | ours, median [min, max] | theirs | ratio, median [min, max] |\n|---|---|---|---|")
+        pairs = list(zip(found[ours], found[theirs], strict=True))
+        for key in (*HIGHER_IS_BETTER, "peak_gib"):
+            if key in pairs[0][0] and key in pairs[0][1]:
+                left, right = ([pair[side][key] for pair in pairs] for side in (0, 1))
+                ratios = [x / y for x, y in zip(left, right, strict=True)]
+                print(f"| {key} | {_spread(left)} | {_spread(right)} | {_spread(ratios)} |")
 
 
 def _spread(values: list[float]) -> str:
