@@ -67,6 +67,8 @@ class Config(Settings):
     """Weight of the members' variance in "mean_minus_variance" (Coste 2023's lambda), in 1 / deviation of the score."""
     epochs: int = Field(4, ge=1)
     """Passes over the completions of an update."""
+    value_epochs: int = Field(0, ge=0)
+    """Passes of the value model, at most as many as the policy's: they cost as much; 0: as many."""
     minibatches: int = Field(1, ge=1)
     """Optimiser steps of one pass."""
     micro_batch_tokens: int = Field(8192, ge=64)
@@ -134,6 +136,8 @@ class Config(Settings):
             raise ValueError("precision bfloat16 without an adapter loses small steps: set lora_rank, or float32")
         if self.minibatches > self.batch_prompts * self.samples_per_prompt:
             raise ValueError(f"{self.minibatches} minibatches of {self.batch_prompts * self.samples_per_prompt} completions")
+        if self.value_epochs > self.epochs:
+            raise ValueError(f"value_epochs {self.value_epochs} is more than epochs {self.epochs}")
         return self
 
 
@@ -168,6 +172,7 @@ class Progress:
 
     def __init__(self, config: Config, roles: Roles) -> None:
         steps = config.updates * config.epochs * config.minibatches
+        value_steps = config.updates * (config.value_epochs or config.epochs) * config.minibatches
         self.roles = roles
         self.optimisers = Optimisers(
             Optimiser(
@@ -179,7 +184,7 @@ class Progress:
             Optimiser(
                 roles.value.trainable,
                 learning_rate=config.value_learning_rate,
-                steps=steps,
+                steps=value_steps,
                 warmup_fraction=config.warmup_fraction,
             ),
         )

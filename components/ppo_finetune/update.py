@@ -39,6 +39,7 @@ class Knobs(Protocol):
     variance_weight: float
     micro_batch_tokens: int
     epochs: int
+    value_epochs: int
     minibatches: int
     gamma: float
     lam: float
@@ -187,8 +188,9 @@ def optimise(
 
     seen: dict[str, list[float]] = {}
     policy_learns, policy_steps = not critic_only, 0
+    value_steps = (knobs.value_epochs or knobs.epochs) * knobs.minibatches
     steps = [rows for _ in range(knobs.epochs) for rows in torch.randperm(len(mask_BT), generator=order).chunk(knobs.minibatches)]
-    for rows, examples in zip(steps, _shares(pretraining, len(steps)), strict=True):
+    for step, (rows, examples) in enumerate(zip(steps, _shares(pretraining, len(steps)), strict=True)):
         micro = list(_micro_rows(batch, rows.tolist(), knobs.micro_batch_tokens))
         sums: dict[str, float] = {}
         if policy_learns:
@@ -207,8 +209,9 @@ def optimise(
                     )
                 sums["gradient_norm"] = optimisers.policy.step()
                 policy_steps += 1
-        sums |= add_value_gradient(knobs, roles, experience, returns_BT, micro)
-        sums["value_gradient_norm"] = optimisers.value.step()
+        if step < value_steps:
+            sums |= add_value_gradient(knobs, roles, experience, returns_BT, micro)
+            sums["value_gradient_norm"] = optimisers.value.step()
         for key, number in sums.items():
             seen.setdefault(key, []).append(number)
     means = dict.fromkeys(POLICY_SUMS, 0.0) | {key: sum(numbers) / len(numbers) for key, numbers in seen.items()}

@@ -29,7 +29,9 @@ def measured(command: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ours", required=True, action="append", help="command; more than one: each is compared with each of theirs")
+    parser.add_argument(
+        "--ours", required=True, action="append", help="command; more than one: each is compared with each of theirs"
+    )
     parser.add_argument("--theirs", required=True, action="append", help="command")
     parser.add_argument("--rounds", type=int, default=5)
     a = parser.parse_args()

@@ -48,6 +48,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
+    parser.add_argument("--value-epochs", type=int, default=0)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     config = Config(
@@ -56,6 +57,7 @@ def main() -> None:
         max_new_tokens=a.new_tokens,
         temperature=a.temperature,
         epochs=a.epochs,
+        value_epochs=a.value_epochs,
         micro_batch_tokens=a.micro_batch_tokens,
         learning_rate=1e-6,
         value_learning_rate=1e-6,

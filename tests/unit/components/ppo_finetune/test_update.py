@@ -85,6 +85,27 @@ def test_beyond_the_kl_bound_only_the_value_model_goes_on(folders: dict[str, Any
     assert after(epochs=3, bound=100.0)[2]["policy_steps"] == 3
 
 
+def test_the_value_model_makes_its_own_number_of_passes(folders: dict[str, Any]) -> None:
+    def after(epochs: int, value_epochs: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        config, roles = _config(epochs=epochs, value_epochs=value_epochs), _roles(folders)
+        progress = Progress(_config(warmup_fraction=0), roles)
+        optimise(config, roles, progress.optimisers, _experience(config, roles), 0.1, torch.Generator(), critic_only=False)
+        return weights_of(roles.policy.trainable), weights_of(roles.value.trainable)
+
+    def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    policy, value = after(epochs=3, value_epochs=1)
+    one_policy, one_value = after(epochs=1, value_epochs=0)
+    three_policy, three_value = after(epochs=3, value_epochs=0)
+    assert equal(value, one_value)
+    assert not equal(value, three_value)
+    assert equal(policy, three_policy)
+    assert not equal(policy, one_policy)
+    with pytest.raises(ValueError, match="value_epochs 3 is more than epochs 2"):
+        _config(value_epochs=3)
+
+
 def test_several_completions_of_a_prompt_share_it_and_differ(folders: dict[str, Any]) -> None:
     config, roles = _config(samples_per_prompt=3), _roles(folders)
     experience = _experience(config, roles)
