@@ -86,7 +86,7 @@ def services(home: Home = None) -> None:
 
     console, interrupted = _console(), threading.Event()
     with LocalServices(home or default_home()) as running:
-        # Python loses a KeyboardInterrupt that is raised in a callback, such as those of a late import; an event it does not lose.
+        # A shell script starts what it puts in the background with SIGINT ignored, and then Python raises no KeyboardInterrupt.
         signal.signal(signal.SIGINT, lambda *_: interrupted.set())
         console.print(f"MLflow: {running.tracking_uri}\nS3 bucket: {running.storage_root}\n", highlight=False)
         console.print("For stages in another shell:", highlight=False)
