@@ -151,7 +151,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         thresholds = thresholds_of(config, compared=False, probed=False)
         choice = choose(context, (candidate_uri, rival_uri), inputs.sft_uri, inputs.judge_model_uri, others, sampling, thresholds)
         candidate_uri, rival_uri = (each["uri"] for each in choice["candidates"])
-    if champion and same_policy(champion.uri, candidate_uri):
+    if champion and same_policy(champion.uri, candidate_uri):  # of two candidates it is known only now
         champion = None
     policies = {"candidate": candidate_uri, "sft": inputs.sft_uri} | ({"champion": champion.uri} if champion else {})
     texts = first_ranked(iterate_snapshot(snapshot, "test"), prompts)
@@ -204,6 +204,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
 
 def same_policy(uri: str, other: str) -> bool:
+    """Whether two URIs are one folder, with or without a slash at the end."""
     return uri.rstrip("/") == other.rstrip("/")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -35,9 +35,6 @@ from components.rlhf.tokens import Encoded
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
-
-if TYPE_CHECKING:
-    pass
 
 _log = logging.getLogger(__name__)
 

@@ -60,20 +60,18 @@ def kept_up(home: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("kept_up")
 def test_unchanged_work_is_reused_and_changed_content_at_the_same_path_is_not(home: Path, rankings: Path) -> None:
-    before, _ = registry(home)
     again = run(home, "--rankings", str(rankings))
     assert again.returncode == 0, again.stdout + again.stderr
     assert re.findall(r"^= (\w+) +reused", again.stdout, re.M) == list(STAGES[:5])
-    versions, aliases = registry(home)
-    assert len(versions) == len(before)
+    assert len(registry(home)[0]) == 1
 
     write_rankings(rankings, 210, seed=1)
     other = run(home, "--rankings", str(rankings))
     assert other.returncode == 0, other.stdout + other.stderr
     assert "reused" not in other.stdout
     assert "210 read, 210 kept" in other.stdout
-    assert f"over version {aliases['champion']}" in other.stdout, "the challenger is compared with the champion"
-    assert len(registry(home)[0]) == len(versions) + 1
+    assert "over version 1" in other.stdout, "the challenger is compared with the champion"
+    assert len(registry(home)[0]) == 2
 
 
 @pytest.mark.usefixtures("kept_up")
