@@ -130,8 +130,9 @@ def _paths(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _opened(path: Path) -> Any:
+    """The file unbuffered, for `read_rows` buffers; Python's own buffer would read on from a slow pipe without minding a signal."""
     try:
-        return open(path, "rb")
+        return open(path, "rb", buffering=0)
     except PermissionError as error:
         raise DoNotRetry(f"{path} cannot be read: {error.strerror}", "give this user the right to read it") from error
 
