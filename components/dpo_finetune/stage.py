@@ -21,17 +21,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from components.rlhf.accuracy_report import ScoredRanking, accuracy_report
+from components.rlhf.adapters import adapter_role, add_adapter, save_policy
 from components.rlhf.dpo import Loss, dpo_loss, group_logprobs
-from components.rlhf.models import (
-    Precision,
-    Role,
-    adapter_role,
-    add_adapter,
-    context_tokens,
-    load_policy,
-    policy_role,
-    save_policy,
-)
+from components.rlhf.models import Precision, Role, context_tokens, load_policy, policy_role
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.rankings import EncodedRanking, Encoding, encode_rankings, join_where_it_pays, pack, teaches_judge
 from components.rlhf.records import iterate_snapshot
@@ -79,6 +71,8 @@ class Config(Settings):
     """Rank of the policy's LoRA adapter; 0 trains all weights."""
     lora_alpha: int = Field(32, ge=1)
     """LoRA's alpha: updates are scaled by alpha / rank."""
+    lora_layers: int = Field(0, ge=0)
+    """The last so many layers carry the adapter; 0: all."""
     precision: Precision = "float32"
     """Type of the weights; bfloat16 only with an adapter, whose own weights stay float32."""
     seed: int = 0
@@ -240,7 +234,7 @@ def _trainable(config: Config, model: PreTrainedModel) -> Role:
     if not config.lora_rank:
         return policy_role(model, trainable=True)
     model.requires_grad_(False)
-    add_adapter(model, ADAPTER, config.lora_rank, config.lora_alpha, config.seed)
+    add_adapter(model, ADAPTER, config.lora_rank, config.lora_alpha, config.seed, config.lora_layers)
     role = adapter_role(model, ADAPTER, model.get_output_embeddings(), trainable=True, head_trainable=False)
     role.activate()
     return role

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from components.ppo_finetune.roles import trunk_layers
+from components.rlhf.adapters import ADAPTER_FOLDER, AdapterShape, adapter_bytes, adapter_shape
 from components.rlhf.memory import (
     Share,
     cache_bytes,
@@ -15,7 +17,7 @@ from components.rlhf.memory import (
     shape_role,
     weights_bytes,
 )
-from components.rlhf.models import adapter_bytes, dtype_of
+from components.rlhf.models import dtype_of
 from components.rlhf.rollout import LOGIT_BYTES
 
 FLOAT_BYTES = 4  # trained weights are float32
@@ -31,6 +33,7 @@ class Knobs(Protocol):
     micro_batch_tokens: int
     activation_checkpointing: bool
     lora_rank: int
+    lora_layers: int
     precision: Literal["float32", "bfloat16"]
 
 
@@ -47,13 +50,20 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
     config = AutoConfig.from_pretrained(sft)
     model = shape_only(config, knobs.precision)
     base = weights_bytes(model)
-    role = shape_role(model, knobs.lora_rank)
+    adapted = knobs.lora_layers or config.num_hidden_layers
+    role = shape_role(model, knobs.lora_rank, knobs.lora_layers)
     trained = sum(parameter.numel() for parameter in role.trainable) * FLOAT_BYTES
+    tokens = max(prompt_tokens) + knobs.max_new_tokens
+    samples = knobs.batch_prompts * knobs.samples_per_prompt
     shares = [Share("process", "held before the models are loaded", held_bytes())]
     if knobs.lora_rank:
         scorer = [adapter_bytes(folder) for folder in scorers]
         value = scorer[0]
         shares += [Share("reference", f"the base that all share, {knobs.precision}", base), Share("policy", "adapter", trained)]
+        shapes = [AdapterShape(knobs.lora_rank, 0, knobs.lora_layers), *(adapter_shape(f / ADAPTER_FOLDER) for f in scorers)]
+        if trunk_layers(config.num_hidden_layers, shapes):
+            hidden = samples * tokens * config.hidden_size * dtype_of(knobs.precision).itemsize
+            shares.append(Share("trunk", "what lies below the adapters, of every token", hidden))
     else:
         head = model.get_output_embeddings().weight
         value = base - (0 if config.tie_word_embeddings else head.numel() * head.element_size())
@@ -67,14 +77,12 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
         Share("reward", "adapter" if knobs.lora_rank else "weights", sum(scorer[:-1])),
         Share("judge", "adapter" if knobs.lora_rank else "weights", scorer[-1]),
     ]
-    tokens = max(prompt_tokens) + knobs.max_new_tokens
-    samples = knobs.batch_prompts * knobs.samples_per_prompt
     rows = min(samples, max(1, knobs.micro_batch_tokens // tokens))
     in_micro_batch = min(max(knobs.micro_batch_tokens, tokens), samples * tokens)  # shorter rows fill it better than the longest
     saved = saved_bytes(role, rows, tokens) * in_micro_batch // (rows * tokens)
-    one_layer = saved // config.num_hidden_layers
+    one_layer = saved // adapted
     if knobs.activation_checkpointing:  # each layer keeps its input, and one at a time is computed again
-        saved = one_layer + in_micro_batch * config.hidden_size * config.num_hidden_layers * dtype_of(knobs.precision).itemsize
+        saved = one_layer + in_micro_batch * config.hidden_size * adapted * dtype_of(knobs.precision).itemsize
     backward = int(saved * (1 + UNUSABLE)) + one_layer + 3 * LOGIT_BYTES
     backward += max(trained, value)  # the gradient of one role at a time
     sampling = cache_bytes(config, knobs.precision, samples, tokens) * (config.num_hidden_layers + 1) // config.num_hidden_layers

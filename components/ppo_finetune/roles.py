@@ -11,22 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from components.rlhf.models import (
-    ADAPTER_FOLDER,
-    Precision,
-    Role,
-    adapter_role,
-    add_adapter,
-    copy_adapter,
-    load_adapter,
-    load_head,
-    load_policy,
-    load_scorer,
-    member_folders,
-    policy_role,
-    scorer_role,
-)
+from components.rlhf.adapters import ADAPTER_FOLDER, AdapterShape, adapter_role, add_adapter, copy_adapter, load_adapter
+from components.rlhf.models import Precision, Role, load_head, load_policy, load_scorer, member_folders, policy_role, scorer_role
 from components.rlhf.reward import Centring
+from components.rlhf.trunk import Trunk, shared_trunk
 from components.services.exits import DoNotRetry
 
 if TYPE_CHECKING:
@@ -49,7 +37,7 @@ class Roles(NamedTuple):
         members: of the reward model; one, unless it is an ensemble.
         judge_centring: turns the judge's raw scores into those that are logged and compared.
         model: the causal model that carries the policy.
-        lora: whether the roles are adapters on one base.
+        trunk: the layers below all adapters, which the roles share; None if there are none.
     """
 
     policy: Role
@@ -60,7 +48,7 @@ class Roles(NamedTuple):
     judge_centring: Centring
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    lora: bool
+    trunk: Trunk | None
 
     @property
     def reward(self) -> Role:
@@ -72,8 +60,18 @@ class Roles(NamedTuple):
         return self.members[0].centring
 
 
-def load_roles(sft: Path, reward: Path, judge: Path, *, precision: Precision, lora_rank: int, lora_alpha: int, seed: int) -> Roles:
-    """Loads every role.
+def load_roles(
+    sft: Path,
+    reward: Path,
+    judge: Path,
+    *,
+    precision: Precision,
+    lora_rank: int,
+    lora_alpha: int,
+    lora_layers: int = 0,
+    seed: int,
+) -> Roles:
+    """Loads every role; the last four arguments are the policy's adapter, if its rank is not 0.
 
     Raises:
         DoNotRetry: adapters are asked for, and a reward model has none for this base.
@@ -83,15 +81,17 @@ def load_roles(sft: Path, reward: Path, judge: Path, *, precision: Precision, lo
     heads, configs = zip(*(load_head(folder) for folder in folders), strict=True)
     centrings = [Centring.of(each) for each in configs]
     value_head = value_head_of(heads[0], centrings[0])
+    trunk = None
     if lora_rank:
-        policy, reference, value, *scorers = _adapters(model, heads, value_head, folders, lora_rank, lora_alpha, seed)
+        shape = AdapterShape(lora_rank, lora_alpha, lora_layers)
+        (policy, reference, value, *scorers), trunk = _adapters(model, heads, value_head, folders, shape, seed)
     else:
         value_model, _ = load_scorer(reward)
         value_model.score = value_head
         policy, reference = policy_role(model, trainable=True), policy_role(load_policy(sft, precision)[0])
         value, scorers = scorer_role(value_model, trainable=True), [scorer_role(load_scorer(folder)[0]) for folder in folders]
     *members, judge_member = map(Member, scorers, centrings)
-    return Roles(policy, reference, value, tuple(members), *judge_member, model, tokenizer, bool(lora_rank))
+    return Roles(policy, reference, value, tuple(members), *judge_member, model, tokenizer, trunk)
 
 
 def value_head_of(score: nn.Linear, centring: Centring) -> nn.Linear:
@@ -107,11 +107,13 @@ def _adapters(
     heads: Sequence[nn.Linear],
     value_head: nn.Linear,
     folders: Sequence[Path],
-    lora_rank: int,
-    lora_alpha: int,
+    shape: AdapterShape,
     seed: int,
-) -> list[Role]:
-    """Policy, reference, value, and the reward model's members and the judge, whose heads and folders are given in this order."""
+) -> tuple[list[Role], Trunk | None]:
+    """Policy, reference, value, and the reward model's members and the judge, whose heads and folders are given in this order.
+
+    Beside them the trunk that they share.
+    """
     for folder in folders:
         if not (folder / ADAPTER_FOLDER).is_dir():
             raise DoNotRetry(
@@ -119,14 +121,14 @@ def _adapters(
                 "set train_reward_model.lora_rank too, or ppo_finetune.lora_rank to 0",
             )
     model.requires_grad_(False)
-    add_adapter(model, POLICY, lora_rank, lora_alpha, seed)
+    add_adapter(model, POLICY, shape.rank, shape.alpha, seed, shape.layers)
     names = [REWARD, *(f"{REWARD}-{number}" for number in range(1, len(folders) - 1)), JUDGE]
     shapes = [load_adapter(model, name, folder / ADAPTER_FOLDER) for name, folder in zip(names, folders, strict=True)]
-    add_adapter(model, VALUE, *shapes[0], seed)
+    add_adapter(model, VALUE, shapes[0].rank, shapes[0].alpha, seed, shapes[0].layers)
     copy_adapter(model, REWARD, VALUE)
     model.eval()
     language_head = model.get_output_embeddings()
-    return [
+    roles = [
         adapter_role(model, POLICY, language_head, trainable=True, head_trainable=False),
         adapter_role(model, "", language_head, trainable=False, head_trainable=False),
         adapter_role(model, VALUE, value_head, trainable=True, head_trainable=True),
@@ -135,3 +137,12 @@ def _adapters(
             for name, head in zip(names, heads, strict=True)
         ),
     ]
+    trunk = shared_trunk(model.base_model, trunk_layers(model.config.num_hidden_layers, [shape, *shapes]))
+    for role in roles:
+        role.upper = trunk and trunk.upper
+    return roles, trunk
+
+
+def trunk_layers(layers: int, adapters: Sequence[AdapterShape]) -> int:
+    """How many of a model's layers lie below all of these adapters."""
+    return layers - max(each.layers or layers for each in adapters)

@@ -25,8 +25,9 @@ from components.ppo_finetune.roles import POLICY, Roles, load_roles
 from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optimise, roll_out, statistics
 from components.ppo_finetune.watch import check, keep_best, over_optimised
 from components.rlhf.activations import checkpoint_activations
+from components.rlhf.adapters import save_policy
 from components.rlhf.memory import GIB, peak_bytes, table
-from components.rlhf.models import context_tokens, member_folders, save_policy
+from components.rlhf.models import context_tokens, member_folders
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
 from components.rlhf.reward import Aggregation
@@ -118,6 +119,8 @@ class Config(Settings):
     """Rank of the policy's LoRA adapter; 0 trains all weights. Needs reward models with adapters."""
     lora_alpha: int = Field(32, ge=1)
     """LoRA's alpha: updates are scaled by alpha / rank."""
+    lora_layers: int = Field(0, ge=0)
+    """The last so many layers carry the adapter; 0: all. What lies below all adapters is computed once for all roles and passes."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights; bfloat16 only with an adapter, whose own weights stay float32."""
     seed: int = 0
@@ -261,6 +264,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         precision=config.precision,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
+        lora_layers=config.lora_layers,
         seed=config.seed,
     )
     if config.activation_checkpointing:
@@ -296,7 +300,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         memory_peak_gib=peak_gib,
     )
     folder = context.scratch / "policy"
-    save_policy(roles.model, roles.tokenizer, folder, base=folders["sft"], adapter=POLICY if roles.lora else "")
+    save_policy(roles.model, roles.tokenizer, folder, base=folders["sft"], adapter=POLICY if config.lora_rank else "")
     training = folder / "training.jsonl"
     training.write_text("".join(json.dumps(each) + "\n" for each in progress.history), encoding="utf-8")
     context.tracker.artifact(training)

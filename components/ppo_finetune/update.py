@@ -20,7 +20,7 @@ from components.rlhf import ppo
 from components.rlhf.likelihood import add_nll_gradient
 from components.rlhf.models import Role
 from components.rlhf.optimisation import Optimiser
-from components.rlhf.reward import Aggregation, Centring, aggregate, score_tokens
+from components.rlhf.reward import Aggregation, Centring, aggregate, batch_scores
 from components.rlhf.rollout import Completion, sample_tokens, to_completion, token_logprobs
 from components.rlhf.tokens import Batch, Encoded, length_batches, right_pad
 
@@ -113,10 +113,20 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     pad_id, device = roles.tokenizer.pad_token_id, roles.policy.device
     prompts, answers = [c.prompt_ids for c in completions], [c.token_ids for c in completions]
     ended_B = torch.tensor([c.ended for c in completions])
-    closed = [c.token_ids if c.ended else [*c.token_ids, roles.tokenizer.eos_token_id] for c in completions]
+    ends = [c.token_ids if c.ended else [*c.token_ids, roles.tokenizer.eos_token_id] for c in completions]
+    closed = right_pad(prompts, ends, pad_id).to(device)  # the text that is scored ends with EOS
+    batch = right_pad(prompts, answers, pad_id).to(device)
+    if roles.trunk is not None:
+        trunk = roles.trunk
+        (trunk_BTD,) = _over_rows(knobs, closed, lambda part: (trunk(part.ids_BT),))
+        closed = closed._replace(trunk_BTD=trunk_BTD)
+        batch = batch._replace(trunk_BTD=trunk_BTD[:, : batch.ids_BT.shape[1]])  # an EOS behind changes nothing in front
 
     def scored(role: Role, centring: Centring) -> Tensor:
-        return centring(score_tokens(role, prompts, closed, pad_id=pad_id, max_tokens=knobs.micro_batch_tokens))
+        raw_B = torch.empty(len(completions))
+        for rows_B, part in _micro_rows(closed, range(len(completions)), knobs.micro_batch_tokens):
+            raw_B[rows_B.cpu()] = batch_scores(role, part).cpu()
+        return centring(raw_B)
 
     def kept(scores_B: Tensor) -> Tensor:
         kept_B = ended_B | (knobs.cut_completions == "scored")
@@ -125,7 +135,6 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     members_MB = torch.stack([scored(*member) for member in roles.members])
     scores_B = kept(aggregate(members_MB, knobs.reward_aggregation, knobs.variance_weight))
     judge_B = kept(scored(roles.judge, roles.judge_centring))
-    batch = Batch(*(each.to(device) for each in right_pad(prompts, answers, pad_id)))
 
     def forward(role: Role, part: Batch) -> tuple[Tensor, Tensor]:
         return token_logprobs(role, part, temperature=knobs.temperature, pad_id=pad_id, with_entropy=role is roles.policy)
@@ -150,7 +159,7 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
 
 def token_values(role: Role, batch: Batch) -> Tensor:
     """Value before each completion token [B, T]: the head at the token in front of it; 0 outside the completion."""
-    hidden_BTD = role.hidden(batch.ids_BT)
+    hidden_BTD = role.hidden(batch.ids_BT, trunk_BTD=batch.trunk_BTD)
     values_BT = role.head(hidden_BTD.to(role.head.weight.dtype)).float().squeeze(-1)
     shifted_BT = torch.cat([values_BT[:, :1], values_BT[:, :-1]], 1)
     return torch.where(batch.completion_mask_BT, shifted_BT, 0.0)
@@ -314,16 +323,16 @@ def _micro_rows(batch: Batch, rows: Sequence[int], max_tokens: int) -> list[Micr
     for group in groups:
         index_B = torch.tensor([rows[i] for i in group], device=batch.ids_BT.device)
         cut = max(lengths[rows[i]] for i in group)
-        result.append(MicroBatch(index_B, Batch(*(each[index_B, :cut] for each in batch))))
+        result.append(MicroBatch(index_B, batch.rows(index_B, cut)))
     return result
 
 
 def _over_rows(knobs: Knobs, batch: Batch, look: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
-    """Applies `look` to micro-batches and puts the [b, t] results together as [B, T]."""
+    """Applies `look` to micro-batches and puts the [b, t, ...] results together as [B, T, ...]."""
     results: list[Tensor] = []
     for rows_B, part in _micro_rows(batch, range(len(batch.ids_BT)), knobs.micro_batch_tokens):
         for number, values in enumerate(look(part)):
             if number == len(results):
-                results.append(torch.zeros(batch.ids_BT.shape, device=values.device))
+                results.append(values.new_zeros((*batch.ids_BT.shape, *values.shape[2:])))
             results[number][rows_B, : values.shape[1]] = values
     return results

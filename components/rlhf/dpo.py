@@ -19,7 +19,7 @@ from components.rlhf.models import Role
 from components.rlhf.rankings import EncodedRanking
 from components.rlhf.reward import Ties, ranking_loss
 from components.rlhf.rollout import ChosenLogprobs, token_logprobs
-from components.rlhf.tokens import Batch, Joined, join, right_pad
+from components.rlhf.tokens import Joined, join, right_pad
 
 Loss = Literal["pairs", "plackett_luce"]
 
@@ -85,7 +85,7 @@ def group_logprobs(role: Role, group: Sequence[EncodedRanking], pad_id: int) -> 
     if group[0].joined:
         return _joined_logprobs(role, group, pad_id)
     batch = right_pad([p for each in group for p in each.prompts], [c for each in group for c in each.completions], pad_id)
-    logprobs_NT, _ = token_logprobs(role, Batch(*(t.to(role.device) for t in batch)), temperature=1.0, pad_id=pad_id)
+    logprobs_NT, _ = token_logprobs(role, batch.to(role.device), temperature=1.0, pad_id=pad_id)
     return logprobs_NT.sum(1)
 
 

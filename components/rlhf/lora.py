@@ -22,9 +22,10 @@ class LoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
-        if self.disable_adapters or not self.active_adapters:
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if not active:
             return functional.linear(x, base.weight, base.bias)
-        (name,) = self.active_adapters
+        (name,) = active
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         return cast(Tensor, _LowRank.apply(x, base.weight, base.bias, a, b, self.scaling[name]))
 

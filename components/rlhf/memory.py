@@ -14,8 +14,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from components.rlhf.adapters import adapter_role, add_adapter
 from components.rlhf.attention import use_short_rows
-from components.rlhf.models import Precision, Role, adapter_role, add_adapter, device, dtype_of, policy_role
+from components.rlhf.models import Precision, Role, device, dtype_of, policy_role
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -49,12 +50,12 @@ def shape_only(config: PretrainedConfig, precision: Precision) -> PreTrainedMode
     return model
 
 
-def shape_role(model: PreTrainedModel, rank: int) -> Role:
-    """The role of a `shape_only` model that is trained: in full, or as an adapter of this rank."""
+def shape_role(model: PreTrainedModel, rank: int, layers: int = 0) -> Role:
+    """The role of a `shape_only` model that is trained: in full, or as an adapter of this rank on so many layers (0: all)."""
     if not rank:
         return policy_role(model, trainable=True)
     with torch.device("meta"):
-        add_adapter(model, "shape", rank, rank, seed=0)
+        add_adapter(model, "shape", rank, rank, 0, layers)
     model.requires_grad_(False)
     return adapter_role(model, "shape", model.get_output_embeddings(), trainable=True, head_trainable=False)
 

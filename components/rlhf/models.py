@@ -1,31 +1,26 @@
-"""Models as roles: a backbone with a head. Loading, LoRA adapters, and saving as plain Hugging Face folders.
+"""Models as roles: a backbone with a head. Loading, and saving as plain Hugging Face folders.
 
-With LoRA one frozen base plays every role: the policy, the reward model and the value model are adapters on it with heads of their
-own, and the reference is the base with its adapters off. With full fine-tuning each role is a model of its own.
+With full fine-tuning each role is a model of its own; with LoRA (`rlhf.adapters`) one frozen base plays every role.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from components.rlhf.attention import use_short_rows
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Precision = Literal["float32", "bfloat16"]
 PAD_TOKEN = "<|pad|>"
-ADAPTER_FOLDER = "adapter"
 HEAD = "score.weight"
 MEMBER_FOLDER = "member-{}"  # of an ensemble, inside the folder of its first member
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -38,7 +33,10 @@ class Role:
         backbone: gives `last_hidden_state` [B, T, D].
         head: [N, D] -> logits [N, V] of a policy, or scores [N, 1].
         trainable: what an optimiser may change; empty for a frozen role.
+        upper: the backbone without its trunk, where the role shares one (`rlhf.trunk`).
     """
+
+    upper: nn.Module | None = None
 
     def __init__(
         self, backbone: nn.Module, head: nn.Module, trainable: list[nn.Parameter], activate: Callable[[], None] | None = None
@@ -57,13 +55,20 @@ class Role:
         if self._activate is not None:
             self._activate()
 
-    def hidden(self, ids_BT: Tensor, attention_BTT: Tensor | None = None, positions_BT: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        attention_BTT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        trunk_BTD: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states [B, T, D] under this role.
 
         Args:
             attention_BTT: True where token t may look at token s. Default: at all before it; no real token looks at padding on the
                 right, so that needs no mask.
             positions_BT: of the tokens; default 0, 1, 2, ...
+            trunk_BTD: what the trunk makes of these tokens, if it is known; then only the layers above it are computed.
         """
         self.activate()
         mask = None
@@ -71,9 +76,11 @@ class Role:
             dtype = next(self.backbone.parameters()).dtype
             barred = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=ids_BT.device)
             mask = torch.where(attention_BTT, 0.0, barred)[:, None]
-        result: Tensor = self.backbone(
-            input_ids=ids_BT, attention_mask=mask, position_ids=positions_BT, use_cache=False
-        ).last_hidden_state
+        network, given = self.backbone, {"input_ids": ids_BT}
+        if trunk_BTD is not None:
+            assert self.upper is not None, "hidden states of a trunk that this role does not share"
+            network, given = self.upper, {"inputs_embeds": trunk_BTD}
+        result: Tensor = network(**given, attention_mask=mask, position_ids=positions_BT, use_cache=False).last_hidden_state
         return result
 
 
@@ -234,125 +241,6 @@ def scorer_role(model: PreTrainedModel, trainable: bool = False) -> Role:
     """The role of a sequence classification model that is not shared."""
     model.requires_grad_(trainable)
     return Role(model.base_model, model.score, [p for p in model.parameters() if p.requires_grad])
-
-
-def lora_config(rank: int, alpha: int) -> LoraConfig:
-    """LoRA on every linear layer of the backbone, without dropout (the ratio of PPO needs the same network twice)."""
-    from peft import LoraConfig
-
-    from components.rlhf.lora import LoraLinear
-
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", bias="none")
-    config._register_custom_module({nn.Linear: LoraLinear})
-    return config
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers that carry adapters, by name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-
-
-def adapter_role(model: PreTrainedModel, adapter: str, head: nn.Module, trainable: bool, head_trainable: bool) -> Role:
-    """The role that `adapter` plays on a shared base; `adapter=""` is the base itself (the reference)."""
-    layers = [layer for _, layer in lora_layers(model)]
-
-    def activate() -> None:
-        for layer in layers:
-            layer.enable_adapters(bool(adapter))
-            if adapter:
-                layer.set_adapter(adapter, inference_mode=not trainable)
-
-    parameters: list[nn.Parameter] = []
-    if trainable:
-        parameters += adapter_parameters(model, adapter).values()
-    if head_trainable:
-        parameters += list(head.requires_grad_(True).parameters())
-    return Role(model.base_model, head, parameters, activate)
-
-
-def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The weights of one adapter, by name."""
-    return {name: p for name, p in model.named_parameters() if f".{adapter}." in name and "lora_" in name}
-
-
-def add_adapter(model: PreTrainedModel, adapter: str, rank: int, alpha: int, seed: int) -> None:
-    """Adds an adapter that changes nothing yet (B = 0); A is drawn from the seed, whatever was drawn before."""
-    from peft import inject_adapter_in_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(lora_config(rank, alpha), model.base_model, adapter_name=adapter)
-    model.base_model.to(model.device)
-    for parameter in adapter_parameters(model, adapter).values():
-        parameter.data = parameter.data.float()  # small, and AdamW's steps would be lost in bfloat16
-
-
-def copy_adapter(model: nn.Module, source: str, target: str) -> None:
-    """Makes adapter `target` equal to `source`."""
-    weights = adapter_parameters(model, source)
-    with torch.no_grad():
-        for name, parameter in adapter_parameters(model, target).items():
-            parameter.copy_(weights[name.replace(f".{target}.", f".{source}.")])
-
-
-def save_adapter(model: nn.Module, adapter: str, folder: Path, rank: int, alpha: int) -> None:
-    """Writes one adapter beside the merged model, so that PPO can hang it on the base that it shares."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name.replace(f".{adapter}.", "."): p.detach().cpu() for name, p in adapter_parameters(model, adapter).items()}
-    save_file(weights, folder / "adapter.safetensors")
-    (folder / "adapter.json").write_text(json.dumps({"rank": rank, "alpha": alpha}), encoding="utf-8")
-
-
-def load_adapter(model: PreTrainedModel, adapter: str, folder: Path) -> tuple[int, int]:
-    """Adds the adapter that `save_adapter` wrote, under the name `adapter`; gives its rank and alpha.
-
-    Raises:
-        ValueError: it does not fit this base.
-    """
-    facts = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-    add_adapter(model, adapter, facts["rank"], facts["alpha"], seed=0)
-    weights = load_file(folder / "adapter.safetensors")
-    with torch.no_grad():
-        for name, parameter in adapter_parameters(model, adapter).items():
-            key = name.replace(f".{adapter}.", ".")
-            if key not in weights or weights[key].shape != parameter.shape:
-                raise ValueError(f"{folder}: the adapter has no weight {key} of {tuple(parameter.shape)}")
-            parameter.copy_(weights[key])
-    return facts["rank"], facts["alpha"]
-
-
-def adapter_bytes(folder: Path) -> int:
-    """Bytes of the float32 weights of the adapter beside a saved reward model; 0 if it has none."""
-    path = folder / ADAPTER_FOLDER / "adapter.safetensors"
-    if not path.exists():
-        return 0
-    with safe_open(path, framework="pt") as weights:
-        return 4 * sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
-
-
-# -- saving ------------------------------------------------------------------------------------------------------------
-
-
-def merge_adapter_into(target: PreTrainedModel, source: PreTrainedModel, adapter: str) -> None:
-    """Adds what an adapter of `source` learned to the weights of `target`, a fresh copy of its base."""
-    with torch.no_grad():
-        for name, layer in lora_layers(source):
-            weight = target.get_submodule(name).weight
-            weight += layer.get_delta_weight(adapter).to(weight)
-
-
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, base: Path, adapter: str) -> None:
-    """A policy as `save_model` writes it; `adapter`, if there is one, is merged into a fresh float32 copy of `base`.
-
-    The copy is made on the CPU: beside a model in bfloat16 the device may not have room for it.
-    """
-    if adapter:
-        plain, _ = load_policy(base, place=torch.device("cpu"))
-        merge_adapter_into(plain, model, adapter)
-        model = plain
-    save_model(model, tokenizer, folder)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

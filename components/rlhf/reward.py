@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from components.rlhf.models import Role, context_tokens, scorer_role
 from components.rlhf.records import Message
-from components.rlhf.tokens import Joined, encode_completion, encode_prompt, join, length_batches, right_pad
+from components.rlhf.tokens import Batch, Joined, encode_completion, encode_prompt, join, length_batches, right_pad
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -118,11 +118,14 @@ def ranking_loss(
 
 def sequence_scores(role: Role, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> Tensor:
     """Raw score [N] of each completion: the head at its last token, whatever the padding and the batch."""
-    batch = right_pad(prompts, completions, pad_id)
-    device = role.device
-    hidden_NTD = role.hidden(batch.ids_BT.to(device))
-    last_N = batch.attention_BT.sum(1).to(device) - 1
-    return _head(role, hidden_NTD[torch.arange(len(last_N), device=device), last_N])
+    return batch_scores(role, right_pad(prompts, completions, pad_id).to(role.device))
+
+
+def batch_scores(role: Role, batch: Batch) -> Tensor:
+    """Raw score [B] of each row: the head at its last real token."""
+    hidden_BTD = role.hidden(batch.ids_BT, trunk_BTD=batch.trunk_BTD)
+    last_B = batch.attention_BT.sum(1) - 1
+    return _head(role, hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B])
 
 
 def _head(role: Role, hidden_ND: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def token_logprobs(
     Both [B, T] float32, 0 outside the completion; the entropy is 0 unless it is asked for. Vocabulary-sized tensors exist for one
     chunk of tokens at a time, in the backward pass too; [B, T, V] never exists.
     """
-    hidden_BTD = role.hidden(batch.ids_BT)
+    hidden_BTD = role.hidden(batch.ids_BT, trunk_BTD=batch.trunk_BTD)
     predicts_BT = batch.completion_mask_BT[:, 1:]  # position t-1 predicts token t
     targets_N = batch.ids_BT[:, 1:][predicts_BT]
     logprobs_N, entropy_N = ChosenLogprobs.apply(
@@ -290,8 +290,7 @@ def completion_logprobs(
     for rows in length_batches(lengths, batch_size * max(lengths)):
         batch = right_pad(
             [completions[i].prompt_ids for i in rows], [completions[i].token_ids for i in rows], tokenizer.pad_token_id
-        )
-        batch = Batch(*(each.to(model.device) for each in batch))
+        ).to(model.device)
         logprobs_BT, _ = token_logprobs(role, batch, temperature=temperature, pad_id=tokenizer.pad_token_id)
         for row, i in enumerate(rows):
             result[i] = logprobs_BT[row][batch.completion_mask_BT[row]].cpu()

@@ -24,11 +24,20 @@ class Batch(NamedTuple):
         ids_BT: token ids, int64; padding holds the pad id.
         attention_BT: 1 on real tokens, int64.
         completion_mask_BT: True on completion tokens, EOS included; False on prompt and padding.
+        trunk_BTD: hidden states below the first layer that carries an adapter, where they are known (`rlhf.trunk`).
     """
 
     ids_BT: Tensor
     attention_BT: Tensor
     completion_mask_BT: Tensor
+    trunk_BTD: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(None if each is None else each.to(device) for each in self))
+
+    def rows(self, index_B: Tensor, length: int) -> Batch:
+        """Some of the rows, cut to a length."""
+        return Batch(*(None if each is None else each[index_B, :length] for each in self))
 
 
 class PromptTooLong(ValueError):
@@ -173,6 +182,6 @@ def micro_batches(examples: Sequence[Encoded], pad_id: int, max_tokens: int, dev
     """The examples in length-sorted batches on a device."""
     lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in examples]
     return [
-        Batch(*(t.to(device) for t in right_pad([examples[i][0] for i in rows], [examples[i][1] for i in rows], pad_id)))
+        right_pad([examples[i][0] for i in rows], [examples[i][1] for i in rows], pad_id).to(device)
         for rows in length_batches(lengths, max_tokens)
     ]

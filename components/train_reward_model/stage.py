@@ -76,6 +76,8 @@ class Config(Settings):
     """Rank of the LoRA adapter; 0 trains all weights."""
     lora_alpha: int = Field(32, ge=1)
     """LoRA's alpha: updates are scaled by alpha / rank."""
+    lora_layers: int = Field(0, ge=0)
+    """The last so many layers carry the adapter; 0: all."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights; bfloat16 only with an adapter, whose own weights stay float32."""
     seed: int = 0

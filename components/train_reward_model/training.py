@@ -12,19 +12,9 @@ import torch
 
 from components.rlhf.accuracy_report import ScoredRanking, accuracy_report
 from components.rlhf.activations import checkpoint_activations
+from components.rlhf.adapters import ADAPTER_FOLDER, adapter_role, add_adapter, merge_adapter_into, save_adapter
 from components.rlhf.ensemble_report import aggregated, ensemble_report
-from components.rlhf.models import (
-    ADAPTER_FOLDER,
-    MEMBER_FOLDER,
-    Role,
-    adapter_role,
-    add_adapter,
-    merge_adapter_into,
-    new_scorer,
-    save_adapter,
-    save_model,
-    scorer_role,
-)
+from components.rlhf.models import MEMBER_FOLDER, Role, new_scorer, save_model, scorer_role
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.rankings import EncodedRanking, group_scores, join_where_it_pays, pack
 from components.rlhf.reward import Centring, ranking_loss
@@ -150,7 +140,7 @@ def new_role(config: Config, seed: int, policy: Path, tokenizer: PreTrainedToken
     model.config.pad_token_id = tokenizer.pad_token_id
     model.score.float()
     if config.lora_rank:
-        add_adapter(model, ADAPTER, config.lora_rank, config.lora_alpha, seed)
+        add_adapter(model, ADAPTER, config.lora_rank, config.lora_alpha, seed, config.lora_layers)
         model.requires_grad_(False)
         role = adapter_role(model, ADAPTER, model.score, trainable=True, head_trainable=True)
         role.activate()
@@ -178,7 +168,7 @@ def save_scorer(
         plain.config.pad_token_id = tokenizer.pad_token_id
         merge_adapter_into(plain, model, ADAPTER)
         plain.score.load_state_dict(role.head.state_dict())
-        save_adapter(model, ADAPTER, folder / ADAPTER_FOLDER, config.lora_rank, config.lora_alpha)
+        save_adapter(model, ADAPTER, folder / ADAPTER_FOLDER, config.lora_rank, config.lora_alpha, config.lora_layers)
     plain.config.score_mean, plain.config.score_deviation = centring
     plain.config.problem_type = "regression"  # so that a text-classification pipeline gives the raw score, not its sigmoid
     save_model(plain, tokenizer, folder)

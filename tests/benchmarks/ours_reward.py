@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from components.rlhf.models import adapter_role, add_adapter, load_policy, new_scorer, scorer_role
+from components.rlhf.adapters import adapter_role, add_adapter
+from components.rlhf.models import load_policy, new_scorer, scorer_role
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.rankings import encode_rankings, join_where_it_pays
 from components.rlhf.records import Message, Ranking
@@ -21,6 +22,7 @@ from tests.benchmarks.work import rankings_of, reward_arguments
 def main() -> None:
     parser = reward_arguments(__doc__)
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
+    parser.add_argument("--lora-layers", type=int, default=0)
     parser.add_argument("--separate", action="store_true", help="a row for each completion, though they share their prompt")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
@@ -40,7 +42,7 @@ def main() -> None:
     model = new_scorer(a.model, 0, a.precision)
     model.score.float()
     if a.lora_rank:
-        add_adapter(model, "reward", a.lora_rank, 2 * a.lora_rank, 0)
+        add_adapter(model, "reward", a.lora_rank, 2 * a.lora_rank, 0, a.lora_layers)
         model.requires_grad_(False)
         role = adapter_role(model, "reward", model.score, trainable=True, head_trainable=True)
         role.activate()

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from components.rlhf.models import adapter_role, add_adapter, dtype_of, load_policy, policy_role
+from components.rlhf.adapters import adapter_role, add_adapter
+from components.rlhf.models import dtype_of, load_policy, policy_role
 from components.rlhf.rollout import token_logprobs
 from components.rlhf.tokens import right_pad
 

@@ -28,7 +28,14 @@ EOS = 1
 def make_roles(folders: dict[str, Any]) -> Roles:
     rank = 2 if folders["lora"] else 0
     return load_roles(
-        folders["sft"], folders["reward"], folders["judge"], precision="float32", lora_rank=rank, lora_alpha=4, seed=0
+        folders["sft"],
+        folders["reward"],
+        folders["judge"],
+        precision="float32",
+        lora_rank=rank,
+        lora_alpha=4,
+        lora_layers=folders["layers"],
+        seed=0,
     )
 
 

@@ -16,7 +16,14 @@ from components.rlhf.models import load_policy
 
 @pytest.fixture
 def config(folders: dict[str, Any]) -> Config:
-    return Config(batch_prompts=6, max_new_tokens=10, micro_batch_tokens=64, lora_rank=2 if folders["lora"] else 0, lora_alpha=4)
+    return Config(
+        batch_prompts=6,
+        max_new_tokens=10,
+        micro_batch_tokens=64,
+        lora_rank=2 if folders["lora"] else 0,
+        lora_alpha=4,
+        lora_layers=folders["layers"],
+    )
 
 
 def test_the_shares_of_weights_are_those_of_the_loaded_roles(folders: dict[str, Any], config: Config) -> None:
@@ -29,6 +36,7 @@ def test_the_shares_of_weights_are_those_of_the_loaded_roles(folders: dict[str, 
         precision="float32",
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
+        lora_layers=config.lora_layers,
         seed=0,
     )
     trained = 4 * sum(parameter.numel() for parameter in roles.policy.trainable)

@@ -71,7 +71,14 @@ def test_line_32_ppo_forgets_less_with_the_mix(folders: dict[str, Any]) -> None:
     for coefficient in (0.0, 2.0):
         rank = 2 if folders["lora"] else 0
         roles = load_roles(
-            folders["sft"], folders["reward"], folders["judge"], precision="float32", lora_rank=rank, lora_alpha=4, seed=0
+            folders["sft"],
+            folders["reward"],
+            folders["judge"],
+            precision="float32",
+            lora_rank=rank,
+            lora_alpha=4,
+            lora_layers=folders["layers"],
+            seed=0,
         )
         texts = windows(roles.tokenizer, TEXTS, max_tokens=40)
         pad = roles.tokenizer.pad_token_id

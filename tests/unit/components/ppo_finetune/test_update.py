@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from components.ppo_finetune.roles import POLICY, Roles, load_roles
 from components.ppo_finetune.stage import Config, Progress
 from components.ppo_finetune.update import Experience, look_at, optimise, roll_out, statistics
-from components.rlhf.models import load_scorer, save_policy
+from components.rlhf.adapters import save_policy
+from components.rlhf.models import load_scorer
 from components.rlhf.optimisation import weights_of
 from components.rlhf.reward import Centring, score
 from components.rlhf.tokens import encode_prompt
@@ -22,7 +23,14 @@ PROMPTS = ["the cat", "a dog ran", "restart the router", "no", "thank you", "the
 def _roles(folders: dict[str, Any], rank: int = 2) -> Roles:
     rank = rank if folders["lora"] else 0
     return load_roles(
-        folders["sft"], folders["reward"], folders["judge"], precision="float32", lora_rank=rank, lora_alpha=4, seed=0
+        folders["sft"],
+        folders["reward"],
+        folders["judge"],
+        precision="float32",
+        lora_rank=rank,
+        lora_alpha=4,
+        lora_layers=folders["layers"],
+        seed=0,
     )
 
 
@@ -205,7 +213,7 @@ def test_the_saved_policy_is_the_trained_one_in_plain_transformers(folders: dict
     config, roles = _config(), _roles(folders)
     progress = Progress(config, roles)
     optimise(config, roles, progress.optimisers, _experience(config, roles), 0.1, torch.Generator(), critic_only=False)
-    adapter = POLICY if roles.lora else ""
+    adapter = POLICY if folders["lora"] else ""
     save_policy(roles.model, roles.tokenizer, tmp_path / "policy", base=folders["sft"], adapter=adapter)
     ids = torch.tensor([[5, 9, 12, 7, 30]])
     expected = roles.policy.head(roles.policy.hidden(ids))
@@ -240,3 +248,22 @@ def test_line_03_a_text_is_scored_as_its_tokens_and_eos(folders: dict[str, Any])
     raw = model(torch.tensor([ids])).logits.squeeze()
     by_text = score(model, tokenizer, [prompt], ["no"], batch_size=1)[0]
     assert by_text.item() == pytest.approx(Centring.of(model.config)(raw).item(), abs=1e-4)
+
+
+def test_a_shared_trunk_changes_no_bit_of_an_update(folders: dict[str, Any]) -> None:
+    if not folders["layers"]:
+        pytest.skip("these roles have layers of their own from the first on")
+    results = []
+    for shared in (True, False):
+        config, roles = _config(micro_batch_tokens=64, cut_completions="scored"), _roles(folders)
+        assert roles.trunk is not None
+        experience = _experience(config, roles if shared else roles._replace(trunk=None))
+        assert (experience.batch.trunk_BTD is not None) == shared
+        numbers = optimise(
+            config, roles, Progress(config, roles).optimisers, experience, 0.1, torch.Generator().manual_seed(1), critic_only=False
+        )
+        weights = [w.clone() for role in (roles.policy, roles.value) for w in weights_of(role.trainable)]
+        results.append((numbers, weights, statistics(experience)))
+    (numbers, weights, logged), (numbers_whole, weights_whole, logged_whole) = results
+    assert (numbers, logged) == (numbers_whole, logged_whole)
+    assert all(torch.equal(one, other) for one, other in zip(weights, weights_whole, strict=True))

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from components.rlhf.activations import checkpoint_activations
-from components.rlhf.models import Role, adapter_role, add_adapter, policy_role
+from components.rlhf.adapters import adapter_role, add_adapter
+from components.rlhf.models import Role, policy_role
 from components.rlhf.reward import ranking_scores
 from components.rlhf.rollout import sample_tokens, token_logprobs
 from components.rlhf.scratch_model import new_model

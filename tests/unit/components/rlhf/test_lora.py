@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft.tuners import lora
 
+from components.rlhf.adapters import adapted_layers, adapter_parameters, adapter_role, add_adapter
 from components.rlhf.lora import LoraLinear
-from components.rlhf.models import adapter_parameters, adapter_role, add_adapter, lora_layers
 from components.rlhf.scratch_model import new_model, train_tokenizer
 
 IDS = torch.tensor([[5, 9, 12, 7, 30], [8, 8, 31, 40, 2]])
@@ -41,7 +41,7 @@ def outcome(model: Any, adapter: str, inputs: Any = IDS) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("adapter", ["policy", "value"])
 def test_outputs_and_gradients_are_the_librarys(adapter: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {type(layer) for _, layer in lora_layers(model)} == {LoraLinear}
+    assert {type(layer) for _, layer in adapted_layers(model)} == {LoraLinear}
     ours = outcome(model, adapter)
     monkeypatch.setattr(LoraLinear, "forward", lora.Linear.forward)
     for a, b in zip(ours, outcome(model, adapter), strict=True):

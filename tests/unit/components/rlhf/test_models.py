@@ -9,19 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.rlhf.models import (
-    adapter_role,
-    add_adapter,
-    copy_adapter,
-    load_adapter,
-    load_policy,
-    merge_adapter_into,
-    new_scorer,
-    policy_role,
-    save_adapter,
-    save_model,
-    scorer_role,
-)
+from components.rlhf.adapters import adapter_role, add_adapter, copy_adapter, load_adapter, merge_adapter_into, save_adapter
+from components.rlhf.models import load_policy, new_scorer, policy_role, save_model, scorer_role
 
 IDS = torch.tensor([[5, 9, 12, 7, 30]])
 MASK = torch.ones_like(IDS)
@@ -144,7 +133,7 @@ def test_an_adapter_of_a_reward_model_fits_the_policy_it_started_from(folder: Pa
     trained = adapter_role(scorer, "reward", scorer.score, trainable=True, head_trainable=True).hidden(IDS)
     save_adapter(scorer, "reward", tmp_path / "adapter", rank=3, alpha=6)
     model, _ = load_policy(folder)
-    assert load_adapter(model, "judge", tmp_path / "adapter") == (3, 6)
+    assert load_adapter(model, "judge", tmp_path / "adapter") == (3, 6, 0)
     add_adapter(model, "value", rank=3, alpha=6, seed=9)
     copy_adapter(model, "judge", "value")
     for name in ("judge", "value"):
