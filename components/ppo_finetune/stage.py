@@ -112,7 +112,9 @@ class Config(Settings):
     judge_window: int = Field(5, ge=1)
     """Updates over which reward and judge are averaged before they are compared."""
     judge_tolerance: float = Field(0.3, gt=0)
-    """How far the judge may fall from its best while the reward rises, in deviations of its scores, before PPO stops."""
+    """How far a policy's worth may fall while the reward rises before PPO stops, in deviations of the judge's scores."""
+    judge_kl_price: float = Field(0.05, ge=0)
+    """A policy's worth is the judge's reward less this for each nat of KL to the reference: far from it the judge errs too."""
     max_same_answer_fraction: float = Field(0.5, gt=0, le=1)
     """Share of an update's completions that may be one and the same text before the run counts as collapsed."""
     lora_rank: int = Field(0, ge=0)
@@ -167,7 +169,7 @@ class Progress:
         update: the next one; the number of updates done.
         beta: the KL coefficient.
         history: what was logged, update by update.
-        best: the policy's weights in the update whose rollouts had the highest smoothed judge reward.
+        best: the policy's weights in the update whose rollouts were worth most to the judge.
     """
 
     def __init__(self, config: Config, roles: Roles) -> None:
@@ -344,7 +346,7 @@ def train(
             context.tracker.row(row, update)
             check(config, row)
             if over_optimised(config, progress):
-                _log.warning("the judge's reward falls while the reward rises: stopped after update %d", update)
+                _log.warning("the policy's worth to the judge falls while the reward rises: stopped after update %d", update)
                 return "over_optimised"
             progress.update = min(update + 1, config.updates)
             if update < config.updates and (stop.is_set() or checkpoints.due()):

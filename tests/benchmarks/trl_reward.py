@@ -1,4 +1,7 @@
-"""Rankings per second and memory of TRL's RewardTrainer (1.16) on the C(K,2) pairs of the same rankings; in its environment."""
+"""Rankings per second and memory of TRL's RewardTrainer (1.16) on the C(K,2) pairs of the same rankings; in its environment.
+
+With `--test` it learns from the pairs that `preferences.py` does; `--save` keeps the model for it to measure.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ import tempfile
 import time
 from itertools import combinations
 
-from work import rankings_of, reward_arguments
+from work import divided_pairs, rankings_of, reward_arguments
 
 
 def main() -> None:
-    a = reward_arguments(__doc__).parse_args()
+    parser = reward_arguments(__doc__)
+    parser.add_argument("--test", type=int, default=0, help="held-out pairs, which are left out here")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--save", help="folder for the trained model")
+    a = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1"}
     import torch
     import transformers
@@ -25,7 +32,10 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(a.model, padding_side="right")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(a.model, num_labels=1, dtype=torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
-    rankings = rankings_of(a.pairs, a.k, a.rankings, tokenizer, a.max_tokens)
+    if a.test:
+        rankings = divided_pairs(a.pairs, tokenizer, a.max_tokens, a.test, a.rankings)[0]
+    else:
+        rankings = rankings_of(a.pairs, a.k, a.rankings, tokenizer, a.max_tokens)
     rows = [
         {"prompt": prompt, **{side: [{"role": "assistant", "content": text}] for side, text in zip(("chosen", "rejected"), pair)}}  # noqa: B905
         for prompt, completions in rankings
@@ -41,7 +51,7 @@ def main() -> None:
             output_dir=folder,
             per_device_train_batch_size=8,
             num_train_epochs=1,
-            learning_rate=1e-5,
+            learning_rate=a.learning_rate,
             max_length=a.max_tokens,
             bf16=a.precision == "bfloat16",
             gradient_checkpointing=False,
@@ -57,6 +67,9 @@ def main() -> None:
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
+        if a.save:
+            trainer.save_model(a.save)
+            tokenizer.save_pretrained(a.save)
     print(
         json.dumps(
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,26 @@ def rankings_of(file: Path, k: int, count: int, tokenizer: Any, limit_tokens: in
         if len(found) == count:
             break
     return found
+
+
+def divided_pairs(file: Path, tokenizer: Any, limit_tokens: int, test: int, train: int) -> tuple[list[Any], list[Any]]:
+    """(train, test) pairs as (prompt, [chosen, rejected]), the prompt being its last user turn; no prompt is on both sides.
+
+    Pairs that do not fit are left out. The order is that of the prompts' digests.
+    """
+    found: dict[str, list[tuple[list[dict[str, str]], list[str]]]] = {}
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        prompt, completions = row["prompt"][-1:], [row[side][-1]["content"] for side in ("chosen", "rejected")]
+        chats = [[*prompt, {"role": "assistant", "content": text}] for text in completions]
+        longest = max(len(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]) for chat in chats)
+        if completions[0] != completions[1] and longest < limit_tokens:
+            key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
+            found.setdefault(key, []).append((prompt, completions))
+    groups = [found[key] for key in sorted(found)]
+    held_out: list[Any] = []
+    while len(held_out) < test:
+        held_out += groups.pop(0)
+    learned = [pair for group in groups for pair in group]
+    if len(learned) < train:
+        raise SystemExit(f"{file} has {len(learned)} pairs of at most {limit_tokens} tokens to learn from, not {train}")
+    return learned[:train], held_out

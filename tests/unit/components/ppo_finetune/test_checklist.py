@@ -275,7 +275,17 @@ def test_line_31_beta_is_fixed_or_follows_the_target_once_an_update(folders: dic
 
 
 LOGGED = {
-    *("reward", "judge_reward", "reward_smoothed", "judge_smoothed", "kl_reference", "sqrt_kl_reference", "kl_old", "entropy"),
+    *(
+        "reward",
+        "judge_reward",
+        "reward_smoothed",
+        "judge_smoothed",
+        "worth",
+        "kl_reference",
+        "sqrt_kl_reference",
+        "kl_old",
+        "entropy",
+    ),
     *("clip_fraction", "value_clip_fraction", "explained_variance", "completion_tokens", "eos_fraction", "same_answer_fraction"),
     *("policy_loss", "value_loss", "gradient_norm", "value_gradient_norm", "beta", "learning_rate", "logprob_mismatch"),
     *("tokens_per_second", "rollout_seconds", "score_seconds", "optimise_seconds"),

@@ -39,14 +39,16 @@ def test_line_36_each_failure_says_which_it_was() -> None:
         check(config, {**FINE, "same_answer_fraction": 0.6})
 
 
-def _replay(config: Config, rewards: list[float], judges: list[float]) -> tuple[Any, list[bool]]:
+def _replay(
+    config: Config, rewards: list[float], judges: list[float], distances: list[float] | None = None
+) -> tuple[Any, list[bool]]:
     weight = torch.nn.Parameter(torch.zeros(()))
     roles = SimpleNamespace(policy=SimpleNamespace(trainable=[weight]))
     progress = SimpleNamespace(history=[], roles=roles, best=[], best_update=0)
     stops = []
-    for update, (reward, judge) in enumerate(zip(rewards, judges, strict=True)):
+    for update, (reward, judge, nats) in enumerate(zip(rewards, judges, distances or [0.0] * len(rewards), strict=True)):
         weight.data.fill_(float(update))
-        progress.history.append({"update": update, "reward": reward, "judge_reward": judge})
+        progress.history.append({"update": update, "reward": reward, "judge_reward": judge, "kl_reference": nats})
         keep_best(config, progress)  # type: ignore[arg-type]
         stops.append(over_optimised(config, progress))  # type: ignore[arg-type]
     return progress, stops
@@ -63,6 +65,18 @@ def test_line_35_the_judge_falls_while_the_reward_rises_stop_and_keep_the_best()
 def test_line_35_a_judge_that_falls_with_the_reward_is_no_over_optimisation() -> None:
     config = Config(judge_window=1, judge_tolerance=0.3)
     _, stops = _replay(config, [1.0, 0.5, 0.0], [1.0, 0.5, 0.0])
+    assert not any(stops)
+
+
+def test_line_35_a_judge_that_rises_with_the_distance_alone_is_not_believed() -> None:
+    """Worth by hand at 0.05 a nat: 0, 0.5 - 0.1, 0.9 - 0.25, 1.0 - 0.5, 1.1 - 1.0; a KL below 0 is an estimate of 0."""
+    rewards, judges, distances = [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 0.5, 0.9, 1.0, 1.1], [-0.1, 2.0, 5.0, 10.0, 20.0]
+    progress, stops = _replay(Config(judge_window=1), rewards, judges, distances)
+    assert [row["worth"] for row in progress.history] == pytest.approx([0.0, 0.4, 0.65, 0.5, 0.1])
+    assert progress.best_update == 2
+    assert stops == [False, False, False, False, True]
+    free, stops = _replay(Config(judge_window=1, judge_kl_price=0.0), rewards, judges, distances)
+    assert free.best_update == 4
     assert not any(stops)
 
 
