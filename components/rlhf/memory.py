@@ -6,6 +6,7 @@ computes shapes and nothing else, and what autograd saves there is added up.
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from typing import TYPE_CHECKING, NamedTuple
@@ -90,6 +91,15 @@ def cache_bytes(config: PretrainedConfig, precision: Precision, rows: int, token
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * rows * tokens * config.num_hidden_layers * heads * head * dtype_of(precision).itemsize
+
+
+def give_back() -> None:
+    """Returns free memory to the system, where the allocator is glibc's.
+
+    It keeps what is freed for blocks of the same size; where micro-batches have other shapes each time, what it keeps grows.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def held_bytes() -> int:

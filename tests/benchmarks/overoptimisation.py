@@ -4,9 +4,9 @@
     python -m tests.benchmarks.overoptimisation --home FOLDER --study ensemble --seeds 0 1 2 3 4
 
 `sweep` varies beta and the number of rankings that reward model and judge learn from. `ensemble` turns a quarter of all rankings
-round and lets PPO optimise one reward model, or the mean, the worst, or the mean minus the variance of four (Coste 2023). PPO runs
-to its last update, whatever the judge says, so that the whole curve is seen; what the judge's stop and choice would have kept is
-read off it. Truth is the mean over the update's own answers. The stages are those of the profile `tiny`, with its settings but for
+round and lets PPO optimise one reward model, or the mean or the worst of four (Coste 2023). PPO runs to its last update, whatever
+the judge says, so that the whole curve is seen; what the judge's choice and stop would have kept is then read off it, with several
+prices of KL. Truth is the mean over the update's own answers. The stages are those of the profile `tiny`, with its settings but for
 those above. A run that was stopped goes on: FOLDER keeps every artifact, and a line for each curve.
 """
 
@@ -19,6 +19,7 @@ import random
 import statistics
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from matplotlib.figure import Figure
 from components.ppo_finetune.prompts import read_prompts
 from components.ppo_finetune.roles import load_roles
 from components.ppo_finetune.stage import Config, Progress, one_update
-from components.ppo_finetune.watch import over_optimised
+from components.ppo_finetune.watch import keep_best, over_optimised
 from components.rlhf.optimisation import data_order
 from components.rlhf.records import iterate_snapshot, prompt_key
 from components.services.launch import json_digest
@@ -40,6 +41,7 @@ from tests.benchmarks.methods import Row, run_stage, spread
 
 FLIPPED = 0.25
 SMOOTH = 5  # updates
+PRICES = (0.0, 0.05, 0.1)  # of a nat, in the rule that keeps a policy; the stage's default is the middle one
 
 
 class Variant(NamedTuple):
@@ -54,15 +56,18 @@ class Variant(NamedTuple):
 FREE: dict[str, Any] = {"kl_target": 0.0, "judge_tolerance": 1e9, "max_kl_reference": 1e9, "max_same_answer_fraction": 1.0}
 STUDIES = {
     "sweep": [
-        Variant(f"beta {beta:g}, {rankings or 'all'} rankings", {"max_rankings": rankings}, {**FREE, "beta": beta})
-        for rankings in (300, 0)
-        for beta in (0.0, 0.03, 0.1)
+        Variant("as in the profile", {}, {**FREE, "kl_target": load("tiny", [], 0).stages["ppo_finetune"]["kl_target"]}),
+        *(
+            Variant(f"beta {beta:g}, {rankings or 'all'} rankings", {"max_rankings": rankings}, {**FREE, "beta": beta})
+            for rankings in (0, 300)
+            for beta in (0.0, 0.1)
+        ),
     ],
     "ensemble": [
         Variant("one", {}, {**FREE, "beta": 0.0}, True),
         *(
             Variant(how, {"ensemble_members": 4}, {**FREE, "beta": 0.0, "reward_aggregation": how}, True)
-            for how in ("mean", "worst", "mean_minus_variance")
+            for how in ("mean", "worst")
         ),
     ],
 }
@@ -107,7 +112,6 @@ def curve(profile: Profile, variant: Variant, updates: int) -> list[Row]:
         messages = [asked[key] for key in sorted(asked)]
         assert len(messages) == len(prompts), "a prompt was left out"
     progress = Progress(config, roles)
-    stop = config.model_copy(update={"judge_tolerance": stages["ppo_finetune"]["judge_tolerance"]})
     order = data_order(len(prompts), (updates + 1) * config.batch_prompts, config.seed)
     rows: list[Row] = []
     for update in range(updates + 1):
@@ -116,7 +120,7 @@ def curve(profile: Profile, variant: Variant, updates: int) -> list[Row]:
         true = [truth.score(messages[i], completion.text) for i, completion in zip(chosen, completions, strict=True)]
         row = progress.history[-1]
         rows.append({key: row[key] for key in ("update", "kl_reference", "reward", "judge_reward")})
-        rows[-1] |= {"truth": statistics.fmean(true), "best_update": progress.best_update, "stops": over_optimised(stop, progress)}
+        rows[-1]["truth"] = statistics.fmean(true)
     return rows
 
 
@@ -125,24 +129,36 @@ def smoothed(rows: list[Row], update: int) -> float:
     return statistics.fmean(row["truth"] for row in rows[max(0, update - SMOOTH // 2) : update + SMOOTH // 2 + 1])
 
 
+def kept_update(rows: list[Row], price: float) -> int:
+    """The update whose policy PPO would have kept, by the stage's own rule with that price of KL: its choice, until its stop."""
+    config = Config(**{**load("tiny", [], 0).stages["ppo_finetune"], "judge_kl_price": price})
+    roles = SimpleNamespace(policy=SimpleNamespace(trainable=[]))
+    progress: Any = SimpleNamespace(history=[], roles=roles, best=[], best_update=0)
+    for row in rows:
+        progress.history.append(dict(row))
+        keep_best(config, progress)
+        if over_optimised(config, progress):
+            break
+    return int(progress.best_update)
+
+
 def summary(rows: list[Row]) -> dict[str, float]:
-    """Truth at the start, at its best, at the end, and where the judge's stop and choice leave it; how far from SFT each is."""
-    ended = next((row["update"] for row in rows if row["stops"]), len(rows) - 1)
-    kept = rows[ended]["best_update"]
+    """Truth at the start, at its best and at the end; how far from SFT its best is; what share of it the judge's rule keeps."""
     best = max(range(len(rows)), key=lambda update: smoothed(rows, update))
-    found = {
-        name: smoothed(rows, update) for name, update in (("start", 0), ("best", best), ("kept", kept), ("end", len(rows) - 1))
-    }
-    return {**found, "kept_fraction": found["kept"] / found["best"], "best_kl": rows[best]["kl_reference"], "kept_update": kept}
+    found = {name: smoothed(rows, update) for name, update in (("start", 0), ("best", best), ("end", len(rows) - 1))}
+    kept = {f"kept at {price:g}": smoothed(rows, kept_update(rows, price)) / found["best"] for price in PRICES}
+    return {**found, "best_kl": rows[best]["kl_reference"], **kept}
 
 
 def table(curves: dict[tuple[str, int], list[Row]], seeds: list[int], names: list[str]) -> str:
-    keys = ("start", "best", "best_kl", "end", "kept", "kept_fraction")
-    lines = ["| variant | " + " | ".join(keys) + " | least kept |", "|---|" + "---|" * (len(keys) + 1)]
+    kept = [f"kept at {price:g}" for price in PRICES]
+    keys = ("start", "best", "best_kl", "end")
+    lines = ["| variant | " + " | ".join((*keys, *kept)) + " |", "|---|" + "---|" * (len(keys) + len(kept))]
     for name in names:
         found = [summary(curves[name, seed]) for seed in seeds]
         cells = [spread([each[key] for each in found]) for key in keys]
-        lines.append(f"| {name} | {' | '.join(cells)} | {min(each['kept_fraction'] for each in found):.3f} |")
+        cells += [f"{spread([each[key] for each in found])}, least {min(each[key] for each in found):.2f}" for key in kept]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -168,7 +184,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, required=True, help="folder of the local store and of the curves")
     parser.add_argument("--study", choices=list(STUDIES), required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
     a = parser.parse_args()
     a.home.mkdir(parents=True, exist_ok=True)
