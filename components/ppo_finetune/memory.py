@@ -16,8 +16,9 @@ from components.rlhf.memory import (
     shape_only,
     shape_role,
     weights_bytes,
+    weights_file_bytes,
 )
-from components.rlhf.models import dtype_of
+from components.rlhf.models import device, dtype_of
 from components.rlhf.rollout import LOGIT_BYTES
 
 FLOAT_BYTES = 4  # trained weights are float32
@@ -87,5 +88,8 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
     backward += max(trained, value)  # the gradient of one role at a time
     sampling = cache_bytes(config, knobs.precision, samples, tokens) * (config.num_hidden_layers + 1) // config.num_hidden_layers
     sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64
-    phases = Share("update", "gradient and activations", backward), Share("update", "cache of the rollout", sampling)
+    phases = [Share("update", "gradient and activations", backward), Share("update", "cache of the rollout", sampling)]
+    if device().type == "cpu":  # the base's file is mapped while it is read, and most of the other shares are not there yet
+        later = sum(share.bytes for share in shares if share.role not in ("process", "reference"))
+        phases.append(Share("start", "weights in their file, beyond what comes later", weights_file_bytes(sft) - later))
     return [*shares, max(phases, key=lambda share: share.bytes)]

@@ -26,7 +26,7 @@ from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optim
 from components.ppo_finetune.watch import check, keep_best, over_optimised
 from components.rlhf.activations import checkpoint_activations
 from components.rlhf.adapters import save_policy
-from components.rlhf.memory import GIB, peak_bytes, table
+from components.rlhf.memory import GIB, give_back, peak_bytes, table
 from components.rlhf.models import context_tokens, member_folders
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
@@ -374,6 +374,7 @@ def one_update(
         row |= optimise(
             config, progress.roles, progress.optimisers, experience, progress.beta, progress.order, critic_only, pretraining
         )
+        give_back()
         watch.lap("optimise")
     seconds = sum(watch.seconds.values())
     row |= {**watch.seconds, "tokens_per_second": float(experience.batch.completion_mask_BT.sum()) / seconds}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
@@ -64,6 +65,11 @@ def shape_role(model: PreTrainedModel, rank: int, layers: int = 0) -> Role:
 def weights_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's parameters and buffers, shared ones once."""
     return sum({id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def weights_file_bytes(folder: Path) -> int:
+    """Bytes of a saved model's weights, as they lie in its files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def saved_bytes(role: Role, rows: int, tokens: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from components.ppo_finetune.memory import plan
 from components.ppo_finetune.roles import load_roles
 from components.ppo_finetune.stage import Config
-from components.rlhf.memory import cache_bytes, saved_bytes, shape_only, shape_role, table, weights_bytes
+from components.rlhf.memory import cache_bytes, saved_bytes, shape_only, shape_role, table, weights_bytes, weights_file_bytes
 from components.rlhf.models import load_policy
 
 
@@ -81,3 +81,19 @@ def test_the_plan_grows_with_micro_batches_and_the_cache_is_keys_and_values(fold
     model, _ = load_policy(folders["sft"])
     # 2 (keys, values) x 3 rows x 7 tokens x 2 layers x 2 heads x 8 x 2 bytes
     assert cache_bytes(model.config, "bfloat16", 3, 7) == 2 * 3 * 7 * 2 * 2 * 8 * 2
+
+
+def test_reading_a_large_file_may_take_more_than_any_update(
+    folders: dict[str, Any], config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the base is read its file is mapped: base and file together, where what comes later is less than the file."""
+    scorers = [folders["reward"], folders["judge"]]
+    assert plan(config, folders["sft"], scorers, [30])[-1].role == "update"
+    files = sum(file.stat().st_size for file in folders["sft"].glob("*.safetensors"))
+    assert weights_file_bytes(folders["sft"]) == files > weights_bytes(load_policy(folders["sft"])[0])
+    monkeypatch.setattr("components.ppo_finetune.memory.weights_file_bytes", lambda folder: 10 * 2**30)
+    monkeypatch.setattr("components.ppo_finetune.memory.device", lambda: torch.device("cpu"))
+    shares = plan(config, folders["sft"], scorers, [30])
+    assert shares[-1].role == "start"
+    at_first = sum(share.bytes for share in shares if share.role in ("process", "reference"))
+    assert sum(share.bytes for share in shares) == at_first + 10 * 2**30
