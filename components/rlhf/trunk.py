@@ -3,7 +3,7 @@
 Where adapters stand on the last layers of a shared base only, the hidden states in front of these are the same for policy,
 reference, reward model, judge and value model, and no training changes them. PPO computes them once an update; all scores,
 log-probabilities and passes of the optimisation go on from there. What trlX calls a hydra shares the trunk of policy and reference
-in this way (Havrilla 2023, "trlX: A Framework for Large Scale Reinforcement Learning from Human Feedback", section 3).
+in this way (Havrilla 2023, "trlX: A Framework for Large Scale Reinforcement Learning from Human Feedback").
 
 Shapes: B rows, T tokens, D hidden.
 """
@@ -57,9 +57,11 @@ def shared_trunk(backbone: nn.Module, layers: int) -> Trunk | None:
     """The trunk of so many layers, if this backbone can be cut there: whole or in two, it must give the same.
 
     It does where the token embedding goes straight into the first layer and one module, `norm`, follows on the last (Llama, Qwen,
-    Mistral, OLMo and the like). Otherwise None: roles are then computed whole, which costs time and changes nothing.
+    Mistral, OLMo and the like), and all layers attend alike. Otherwise None: roles are then computed whole, which costs time and
+    changes nothing.
     """
-    if not layers or not isinstance(getattr(backbone, "norm", None), nn.Module):
+    kinds = set(getattr(backbone.config, "layer_types", None) or [])  # told apart by their number, which a cut would change
+    if not layers or len(kinds) > 1 or not isinstance(getattr(backbone, "norm", None), nn.Module):
         return None
     trunk = Trunk(backbone, layers)
     ids_BT = torch.arange(8, device=next(backbone.parameters()).device)[None] % backbone.config.vocab_size

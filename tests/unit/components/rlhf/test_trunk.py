@@ -101,7 +101,7 @@ def test_only_what_lies_below_every_adapter_is_shared(model: Any) -> None:
 
 
 def test_a_backbone_that_cannot_be_cut_is_found_out() -> None:
-    """Granite and Gemma change the embeddings in front of the first layer, GPT-2 adds positions to them."""
+    """Granite scales what goes into the first layer, GPT-2 adds positions to it, and Gemma 2 has windows in every other layer."""
     size: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     granite = GraniteModel(GraniteConfig(**size, **heads, embedding_multiplier=3.0)).eval()
@@ -111,6 +111,4 @@ def test_a_backbone_that_cannot_be_cut_is_found_out() -> None:
     assert shared_trunk(gpt2, 1) is None
     assert transformer_layers(gpt2)[0] == "h"
     gemma = Gemma2Model(Gemma2Config(**size, **heads, head_dim=8)).eval()
-    trunk = shared_trunk(gemma, 1)
-    whole = gemma(input_ids=IDS, use_cache=False).last_hidden_state
-    assert trunk is None or torch.equal(trunk.upper(inputs_embeds=trunk(IDS), use_cache=False).last_hidden_state, whole)
+    assert shared_trunk(gemma, 1) is None
