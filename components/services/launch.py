@@ -211,6 +211,7 @@ def launch(
         html: KFP `HTML` artifact that receives the stage's report, or None.
     """
     _set_waiting()
+    _set_caches()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     progress = Progress(stage)
     scratch = Path(tempfile.mkdtemp(prefix=f"rankloop-{stage}-"))
@@ -254,6 +255,17 @@ def launch(
         _fail(stage, error, context, progress)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _set_caches() -> None:
+    """Keeps torch from holding on to a compiled kernel for every shape that ever came. Takes effect before torch is imported.
+
+    On a CPU both caches hold 1024 by default, and in a rollout each step has shapes of its own: PPO on SmolLM2 in bfloat16, planned
+    with 1.7 GiB, reached 2.9 in 32 updates. Six small updates took it from 0.78 to 1.06 GiB with the defaults, to 0.91 with 32
+    kernels of oneDNN's, and left it at 0.78 with 16 of torch's own besides.
+    """
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 def _set_waiting() -> None:
@@ -305,6 +317,7 @@ def _fail(stage: str, error: BaseException, context: Context | None, progress: P
 def main(stage: str) -> None:
     """The command line of `python -m components.<stage>`: one option per field of `Inputs` and `Config`."""
     _set_waiting()
+    _set_caches()
     module = importlib.import_module(f"components.{stage}.stage")
     parser = argparse.ArgumentParser(
         prog=f"python -m components.{stage}",
