@@ -113,7 +113,7 @@ class Config(Settings):
     """Updates over which reward and judge are averaged before they are compared."""
     judge_tolerance: float = Field(0.3, gt=0)
     """How far a policy's worth may fall while the reward rises before PPO stops, in deviations of the judge's scores."""
-    judge_kl_price: float = Field(0.05, ge=0)
+    judge_kl_price: float = Field(0.02, ge=0)
     """A policy's worth is the judge's reward less this for each nat of KL to the reference: far from it the judge errs too."""
     max_same_answer_fraction: float = Field(0.5, gt=0, le=1)
     """Share of an update's completions that may be one and the same text before the run counts as collapsed."""

@@ -41,7 +41,7 @@ from tests.benchmarks.methods import Row, run_stage, spread
 
 FLIPPED = 0.25
 SMOOTH = 5  # updates
-PRICES = (0.0, 0.05, 0.1)  # of a nat, in the rule that keeps a policy; the stage's default is the middle one
+PRICES = (0.0, 0.02, 0.1)  # of a nat, in the rule that keeps a policy; the stage's default is the middle one
 
 
 class Variant(NamedTuple):
