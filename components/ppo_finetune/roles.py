@@ -71,7 +71,14 @@ def load_roles(
     lora_layers: int = 0,
     seed: int,
 ) -> Roles:
-    """Loads every role; the last four arguments are the policy's adapter, if its rank is not 0.
+    """Loads every role.
+
+    Args:
+        sft, reward, judge: folders of the policy, the reward model (with its further members) and the judge.
+        precision: of the policy and, with an adapter, of the base that all share.
+        lora_rank: of the policy's adapter; 0: every role is a model of its own, and the other `lora_` arguments mean nothing.
+        lora_layers: how many of the last layers carry the policy's adapter; 0: all.
+        seed: of the policy's adapter.
 
     Raises:
         DoNotRetry: adapters are asked for, and a reward model has none for this base.

@@ -26,7 +26,7 @@ from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optim
 from components.ppo_finetune.watch import check, keep_best, over_optimised
 from components.rlhf.activations import checkpoint_activations
 from components.rlhf.adapters import save_policy
-from components.rlhf.memory import GIB, give_back, peak_bytes, table
+from components.rlhf.memory import GIB, peak_bytes, release_free_memory, table
 from components.rlhf.models import context_tokens, member_folders
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.ppo import next_beta
@@ -112,9 +112,9 @@ class Config(Settings):
     judge_window: int = Field(5, ge=1)
     """Updates over which reward and judge are averaged before they are compared."""
     judge_tolerance: float = Field(0.3, gt=0)
-    """How far a policy's worth may fall while the reward rises before PPO stops, in deviations of the judge's scores."""
-    judge_kl_price: float = Field(0.02, ge=0)
-    """A policy's worth is the judge's reward less this for each nat of KL to the reference: far from it the judge errs too."""
+    """How far the judge's penalised reward may fall while the reward rises before PPO stops, in deviations of its scores."""
+    judge_kl_penalty: float = Field(0.02, ge=0)
+    """What a nat of KL to the reference takes off the judge's reward, in deviations of its scores: far from it the judge errs."""
     max_same_answer_fraction: float = Field(0.5, gt=0, le=1)
     """Share of an update's completions that may be one and the same text before the run counts as collapsed."""
     lora_rank: int = Field(0, ge=0)
@@ -169,7 +169,7 @@ class Progress:
         update: the next one; the number of updates done.
         beta: the KL coefficient.
         history: what was logged, update by update.
-        best: the policy's weights in the update whose rollouts were worth most to the judge.
+        best: the policy's weights in the update with the highest penalised reward of the judge.
     """
 
     def __init__(self, config: Config, roles: Roles) -> None:
@@ -346,7 +346,7 @@ def train(
             context.tracker.row(row, update)
             check(config, row)
             if over_optimised(config, progress):
-                _log.warning("the policy's worth to the judge falls while the reward rises: stopped after update %d", update)
+                _log.warning("the judge's penalised reward falls while the reward rises: stopped after update %d", update)
                 return "over_optimised"
             progress.update = min(update + 1, config.updates)
             if update < config.updates and (stop.is_set() or checkpoints.due()):
@@ -374,7 +374,7 @@ def one_update(
         row |= optimise(
             config, progress.roles, progress.optimisers, experience, progress.beta, progress.order, critic_only, pretraining
         )
-        give_back()
+        release_free_memory()
         watch.lap("optimise")
     seconds = sum(watch.seconds.values())
     row |= {**watch.seconds, "tokens_per_second": float(experience.batch.completion_mask_BT.sum()) / seconds}

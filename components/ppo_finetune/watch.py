@@ -40,23 +40,23 @@ def smoothed(history: list[dict[str, Any]], key: str, window: int) -> float:
 
 
 def keep_best(config: Config, progress: Progress) -> None:
-    """Keeps the policy of this update if its worth is the highest so far: the judge's smoothed reward, less the price of its KL.
+    """Keeps the policy of this update if the judge's penalised reward is the highest so far: smoothed, less a penalty for its KL.
 
-    The price is what makes the judge a witness: it learned from answers near SFT's, as the reward model did, and far from them both
-    go on rising where the truth falls (tests/benchmarks/README.md).
+    Without the penalty the judge is no witness far from SFT: it learned from answers near SFT's, as the reward model did, and both
+    go on rising where the truth falls (tests/benchmarks/README.md; Gao 2022 for the truth against the root of KL).
     """
     row = progress.history[-1]
     row["judge_smoothed"] = smoothed(progress.history, "judge_reward", config.judge_window)
     row["reward_smoothed"] = smoothed(progress.history, "reward", config.judge_window)
     distance = max(0.0, smoothed(progress.history, "kl_reference", config.judge_window))
-    row["worth"] = row["judge_smoothed"] - config.judge_kl_price * distance
-    if row["worth"] >= max(each["worth"] for each in progress.history):
+    row["judge_penalised"] = row["judge_smoothed"] - config.judge_kl_penalty * distance
+    if row["judge_penalised"] >= max(each["judge_penalised"] for each in progress.history):
         progress.best = [weights.clone() for weights in weights_of(progress.roles.policy.trainable)]
         progress.best_update = row["update"]
 
 
 def over_optimised(config: Config, progress: Progress) -> bool:
-    """Whether the policy's worth has fallen from its best while the reward has risen since."""
+    """Whether the judge's penalised reward has fallen from its best while the reward model's has risen since."""
     now, best = progress.history[-1], progress.history[progress.best_update]
-    fell = now["worth"] < best["worth"] - config.judge_tolerance
+    fell = now["judge_penalised"] < best["judge_penalised"] - config.judge_tolerance
     return bool(fell and now["reward_smoothed"] > best["reward_smoothed"])

@@ -99,7 +99,7 @@ def cache_bytes(config: PretrainedConfig, precision: Precision, rows: int, token
     return 2 * rows * tokens * config.num_hidden_layers * heads * head * dtype_of(precision).itemsize
 
 
-def give_back() -> None:
+def release_free_memory() -> None:
     """Returns free memory to the system, where the allocator is glibc's.
 
     It keeps what is freed for blocks of the same size; where micro-batches have other shapes each time, what it keeps grows.

@@ -24,37 +24,30 @@ def write(a: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    from components.rlhf.models import context_tokens
+    from components.rlhf.tokens import encode_completion, encode_prompt
+
+    sides = ("chosen", "rejected")
     rows = [json.loads(line) for line in a.pairs.read_text(encoding="utf-8").splitlines()]
-    rows = sorted(rows, key=lambda row: sum(len(row[side][-1]["content"]) for side in ("chosen", "rejected")))[100 : 100 + PAIRS]
-    chats = [[[*row["prompt"][-1:], *row[side][-1:]] for side in ("chosen", "rejected")] for row in rows]
+    rows = sorted(rows, key=lambda row: sum(len(row[side][-1]["content"]) for side in sides))[100 : 100 + PAIRS]
     tokenizer = AutoTokenizer.from_pretrained(a.policy)
     policy = AutoModelForCausalLM.from_pretrained(a.policy, dtype=torch.float32).eval()
     reward = AutoModelForSequenceClassification.from_pretrained(a.reward, dtype=torch.float32).eval()
-
-    def ids_of(chat: list[dict[str, str]]) -> list[int]:
-        ids: list[int] = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
-        return [*ids, *tokenizer(chat[1]["content"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-
+    prompts = [encode_prompt(tokenizer, row["prompt"][-1:], context_tokens(policy.config))[0] for row in rows]
+    scored = [
+        [[*ids, *encode_completion(tokenizer, row[side][-1]["content"])] for side in sides]
+        for ids, row in zip(prompts, rows, strict=True)
+    ]
     with torch.no_grad():
-        prompts = [
-            tokenizer.apply_chat_template(pair[0][:1], add_generation_prompt=True, tokenize=True, return_dict=True)
-            for pair in chats
-        ]
         greedy = [
-            policy.generate(torch.tensor([p["input_ids"]]), max_new_tokens=NEW_TOKENS, do_sample=False)[
-                0, len(p["input_ids"]) :
-            ].tolist()
-            for p in prompts
+            policy.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(ids) :].tolist()
+            for ids in prompts
         ]
-        scored = [[ids_of(chat) for chat in pair] for pair in chats]
         scores = [[reward(torch.tensor([ids])).logits.item() for ids in pair] for pair in scored]
     return {
         "policy": str(a.policy),
         "reward": str(a.reward),
-        "chats": chats,
-        "prompts": [p["input_ids"] for p in prompts],
+        "prompts": prompts,
         "greedy": greedy,
         "scored": scored,
         "scores": scores,

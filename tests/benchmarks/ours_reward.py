@@ -5,18 +5,34 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from components.rlhf.adapters import adapter_role, add_adapter
-from components.rlhf.models import load_policy, new_scorer, scorer_role
+from components.rlhf.models import load_policy
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.rankings import encode_rankings, join_where_it_pays
 from components.rlhf.records import Message, Ranking
 from components.train_reward_model.stage import Config
-from components.train_reward_model.training import accumulate
+from components.train_reward_model.training import accumulate, new_role
 from tests.benchmarks.work import rankings_of, reward_arguments
+
+
+def as_rankings(found: Sequence[tuple[list[dict[str, str]], list[str]]]) -> list[Ranking]:
+    """Rankings as our reader makes them, of prompts with completions, best first."""
+    empty: dict[str, Any] = dict.fromkeys(("rater_id", "source", "collected_at", "confidence", "policies", "criterion"))
+    return [
+        Ranking(
+            ranking_id=str(number),
+            prompt=[Message(role=m["role"], content=m["content"]) for m in prompt],  # type: ignore[typeddict-item]
+            completions=completions,
+            ranks=list(range(1, len(completions) + 1)),
+            split="train",
+            **empty,
+        )
+        for number, (prompt, completions) in enumerate(found)
+    ]
 
 
 def main() -> None:
@@ -27,31 +43,19 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     _, tokenizer = load_policy(a.model)
-    empty: dict[str, Any] = dict.fromkeys(("rater_id", "source", "collected_at", "confidence", "policies", "criterion"))
-    rankings = [
-        Ranking(
-            ranking_id=str(number),
-            prompt=[Message(role=m["role"], content=m["content"]) for m in prompt],  # type: ignore[typeddict-item]
-            completions=completions,
-            ranks=list(range(1, a.k + 1)),
-            split="train",
-            **empty,
-        )
-        for number, (prompt, completions) in enumerate(rankings_of(a.pairs, a.k, a.rankings, tokenizer, a.max_tokens))
-    ]
-    model = new_scorer(a.model, 0, a.precision)
-    model.score.float()
-    if a.lora_rank:
-        add_adapter(model, "reward", a.lora_rank, 2 * a.lora_rank, 0, a.lora_layers)
-        model.requires_grad_(False)
-        role = adapter_role(model, "reward", model.score, trainable=True, head_trainable=True)
-        role.activate()
-    else:
-        role = scorer_role(model, trainable=True)
-    encoded = encode_rankings(tokenizer, rankings, a.max_tokens).rankings
+    found = rankings_of(a.pairs, a.k, a.rankings, tokenizer, a.max_tokens)
+    config = Config(
+        batch_rankings=a.batch_rankings,
+        micro_batch_tokens=a.micro_batch_tokens,
+        lora_rank=a.lora_rank,
+        lora_alpha=2 * max(1, a.lora_rank),
+        lora_layers=a.lora_layers,
+        precision=a.precision,
+    )
+    _, role = new_role(config, 0, a.model, tokenizer)
+    encoded = encode_rankings(tokenizer, as_rankings(found), a.max_tokens).rankings
     if not a.separate:
         encoded = join_where_it_pays(role, encoded, tokenizer.pad_token_id)
-    config = Config(batch_rankings=a.batch_rankings, micro_batch_tokens=a.micro_batch_tokens)
     batches = [encoded[i : i + a.batch_rankings] for i in range(0, len(encoded), a.batch_rankings)]
     optimiser = Optimiser(role.trainable, learning_rate=1e-5, steps=len(batches))
     accumulate(config, role, batches[0], tokenizer.pad_token_id)

@@ -6,8 +6,8 @@
 `sweep` varies beta and the number of rankings that reward model and judge learn from. `ensemble` turns a quarter of all rankings
 round and lets PPO optimise one reward model, or the mean or the worst of four (Coste 2023). PPO runs to its last update, whatever
 the judge says, so that the whole curve is seen; what the judge's choice and stop would have kept is then read off it, with several
-prices of KL. Truth is the mean over the update's own answers. The stages are those of the profile `tiny`, with its settings but for
-those above. A run that was stopped goes on: FOLDER keeps every artifact, and a line for each curve.
+penalties for KL. Truth is the mean over the update's own answers. The stages are those of the profile `tiny`, with its settings but
+for those above. A run that was stopped goes on: FOLDER keeps every artifact, and a line for each curve.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.benchmarks.methods import Row, run_stage, spread
 
 FLIPPED = 0.25
 SMOOTH = 5  # updates
-PRICES = (0.0, 0.02, 0.1)  # of a nat, in the rule that keeps a policy; the stage's default is the middle one
+KL_PENALTIES = (0.0, 0.02, 0.1)  # in the rule that keeps a policy; the stage's default is the middle one
 
 
 class Variant(NamedTuple):
@@ -85,7 +85,7 @@ def turned_round(path: Path, seed: int) -> None:
 
 
 def curve(profile: Profile, variant: Variant, updates: int) -> list[Row]:
-    """What each update measured: kl_reference, reward, judge_reward, truth, and whether PPO would have stopped."""
+    """What each update measured: kl_reference in nats, reward and judge_reward in deviations, truth."""
     assert profile.simulated is not None
     stages, seed = profile.stages, profile.simulated.seed
     with tempfile.TemporaryDirectory() as name:
@@ -129,9 +129,9 @@ def smoothed(rows: list[Row], update: int) -> float:
     return statistics.fmean(row["truth"] for row in rows[max(0, update - SMOOTH // 2) : update + SMOOTH // 2 + 1])
 
 
-def kept_update(rows: list[Row], price: float) -> int:
-    """The update whose policy PPO would have kept, by the stage's own rule with that price of KL: its choice, until its stop."""
-    config = Config(**{**load("tiny", [], 0).stages["ppo_finetune"], "judge_kl_price": price})
+def kept_update(rows: list[Row], penalty: float) -> int:
+    """The update whose policy PPO would have kept, by the stage's own rule with that penalty: its choice, until its stop."""
+    config = Config(**{**load("tiny", [], 0).stages["ppo_finetune"], "judge_kl_penalty": penalty})
     roles = SimpleNamespace(policy=SimpleNamespace(trainable=[]))
     progress: Any = SimpleNamespace(history=[], roles=roles, best=[], best_update=0)
     for row in rows:
@@ -146,12 +146,12 @@ def summary(rows: list[Row]) -> dict[str, float]:
     """Truth at the start, at its best and at the end; how far from SFT its best is; what share of it the judge's rule keeps."""
     best = max(range(len(rows)), key=lambda update: smoothed(rows, update))
     found = {name: smoothed(rows, update) for name, update in (("start", 0), ("best", best), ("end", len(rows) - 1))}
-    kept = {f"kept at {price:g}": smoothed(rows, kept_update(rows, price)) / found["best"] for price in PRICES}
+    kept = {f"kept at {each:g}": smoothed(rows, kept_update(rows, each)) / found["best"] for each in KL_PENALTIES}
     return {**found, "best_kl": rows[best]["kl_reference"], **kept}
 
 
 def table(curves: dict[tuple[str, int], list[Row]], seeds: list[int], names: list[str]) -> str:
-    kept = [f"kept at {price:g}" for price in PRICES]
+    kept = [f"kept at {each:g}" for each in KL_PENALTIES]
     keys = ("start", "best", "best_kl", "end")
     lines = ["| variant | " + " | ".join((*keys, *kept)) + " |", "|---|" + "---|" * (len(keys) + len(kept))]
     for name in names:

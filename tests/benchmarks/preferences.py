@@ -22,57 +22,38 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.adapters import adapter_role, add_adapter
-from components.rlhf.models import load_policy, load_scorer, new_scorer, scorer_role
+from components.rlhf.models import Role, load_policy, load_scorer, scorer_role
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.rankings import EncodedRanking, encode_rankings
-from components.rlhf.records import Message, Ranking
 from components.rlhf.statistics import wilson_interval
 from components.rlhf.tokens import length_batches, right_pad
 from components.train_reward_model.stage import Config
-from components.train_reward_model.training import accumulate, scores_of
+from components.train_reward_model.training import accumulate, new_role, scores_of
+from tests.benchmarks.ours_reward import as_rankings
 from tests.benchmarks.work import divided_pairs
 
 MICRO_BATCH_TOKENS = 1024
 RANK = 16
 
 
-def rankings_of(pairs: list[Any]) -> list[Ranking]:
-    empty: dict[str, Any] = dict.fromkeys(("rater_id", "source", "collected_at", "confidence", "policies", "criterion"))
-    return [
-        Ranking(
-            ranking_id=str(number),
-            prompt=[Message(role="user", content=prompt[-1]["content"])],
-            completions=completions,
-            ranks=[1, 2],
-            split="train",
-            **empty,
-        )
-        for number, (prompt, completions) in enumerate(pairs)
-    ]
-
-
-def trained(a: argparse.Namespace, train: list[EncodedRanking], pad_id: int) -> tuple[Any, float]:
+def trained(a: argparse.Namespace, train: list[EncodedRanking], tokenizer: PreTrainedTokenizerBase) -> tuple[Role, float]:
     """The role after one epoch, and the seconds that took."""
-    lora = a.method == "lora"
-    model = new_scorer(a.model, a.seed, "bfloat16" if lora else "float32")
-    model.score.float()
-    if lora:
-        add_adapter(model, "reward", RANK, 2 * RANK, a.seed, a.lora_layers)
-        model.requires_grad_(False)
-        role = adapter_role(model, "reward", model.score, trainable=True, head_trainable=True)
-        role.activate()
-    else:
-        role = scorer_role(model, trainable=True)
-    config = Config(batch_rankings=8, micro_batch_tokens=MICRO_BATCH_TOKENS)
+    adapter = {"lora_rank": RANK, "lora_alpha": 2 * RANK, "lora_layers": a.lora_layers, "precision": "bfloat16"}
+    config = Config(
+        batch_rankings=8,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        **(adapter if a.method == "lora" else {}),
+    )
+    _, role = new_role(config, a.seed, a.model, tokenizer)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(a.seed)).split(config.batch_rankings)
     optimiser = Optimiser(
         role.trainable, learning_rate=a.learning_rate, steps=len(order), warmup_fraction=0.05, weight_decay=config.weight_decay
     )
     started = time.perf_counter()
     for rows in order:
-        accumulate(config, role, [train[i] for i in rows.tolist()], pad_id)
+        accumulate(config, role, [train[i] for i in rows.tolist()], tokenizer.pad_token_id)
         optimiser.step()
     return role, time.perf_counter() - started
 
@@ -129,7 +110,7 @@ def main() -> None:
     model, tokenizer = load_policy(a.model, "bfloat16")
     pad_id = tokenizer.pad_token_id
     train, test = (
-        encode_rankings(tokenizer, rankings_of(pairs), 2 * a.max_tokens).rankings
+        encode_rankings(tokenizer, as_rankings(pairs), 2 * a.max_tokens).rankings
         for pairs in divided_pairs(a.pairs, tokenizer, a.max_tokens, a.test, max(a.train))
     )
     if a.method == "probe":
@@ -143,7 +124,7 @@ def main() -> None:
             if a.method == "saved":
                 role = scorer_role(load_scorer(a.folder)[0])
             else:
-                role, seconds = trained(a, train[:size], pad_id)
+                role, seconds = trained(a, train[:size], tokenizer)
             leads = np.array([chosen - rejected for chosen, rejected in scores_of(role, test, pad_id, MICRO_BATCH_TOKENS)])
         accuracy = wilson_interval(float((leads > 0).sum()), len(leads))
         numbers = {key: round(value, 3) for key, value in accuracy._asdict().items()}

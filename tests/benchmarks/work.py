@@ -57,9 +57,7 @@ def rankings_of(file: Path, k: int, count: int, tokenizer: Any, limit_tokens: in
     for number, row in enumerate(rows):
         prompt, own = row["prompt"][-1:], [row["chosen"][-1]["content"], row["rejected"][-1]["content"]]
         completions = own + [texts[(7919 * (number + 1) + 104729 * i) % len(texts)] for i in range(k - 2)]
-        chats = [[*prompt, {"role": "assistant", "content": text}] for text in completions]
-        longest = max(len(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]) for chat in chats)
-        if len(set(completions)) == k and longest < limit_tokens:
+        if len(set(completions)) == k and _longest(tokenizer, prompt, completions) < limit_tokens:
             found.append((prompt, completions))
         if len(found) == count:
             break
@@ -74,9 +72,7 @@ def divided_pairs(file: Path, tokenizer: Any, limit_tokens: int, test: int, trai
     found: dict[str, list[tuple[list[dict[str, str]], list[str]]]] = {}
     for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         prompt, completions = row["prompt"][-1:], [row[side][-1]["content"] for side in ("chosen", "rejected")]
-        chats = [[*prompt, {"role": "assistant", "content": text}] for text in completions]
-        longest = max(len(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]) for chat in chats)
-        if completions[0] != completions[1] and longest < limit_tokens:
+        if completions[0] != completions[1] and _longest(tokenizer, prompt, completions) < limit_tokens:
             key = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
             found.setdefault(key, []).append((prompt, completions))
     groups = [found[key] for key in sorted(found)]
@@ -87,3 +83,9 @@ def divided_pairs(file: Path, tokenizer: Any, limit_tokens: int, test: int, trai
     if len(learned) < train:
         raise SystemExit(f"{file} has {len(learned)} pairs of at most {limit_tokens} tokens to learn from, not {train}")
     return learned[:train], held_out
+
+
+def _longest(tokenizer: Any, prompt: list[dict[str, str]], completions: list[str]) -> int:
+    """Tokens of the longest chat of the prompt with one of the completions."""
+    chats = [[*prompt, {"role": "assistant", "content": text}] for text in completions]
+    return max(len(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]) for chat in chats)

@@ -54,6 +54,9 @@ def make_folders(root: Path, lora: bool, layers: int = 0) -> dict[str, Path]:
 
 @pytest.fixture(scope="session", params=[(False, 0), (True, 0), (True, 1)], ids=["full", "lora", "trunk"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """`sft`, `reward`, `judge`, whether they share a base, and how many of its two layers carry adapters (0: both)."""
+    """`sft`, `reward`, `judge`; whether they share a base, how many of its two layers carry adapters (0: both), and `adapter`,
+    which is what `load_roles` and the configuration call the policy's.
+    """
     lora, layers = request.param
-    return {**make_folders(tmp_path_factory.mktemp("models"), lora, layers), "lora": lora, "layers": layers}
+    adapter = {"lora_rank": 2 if lora else 0, "lora_alpha": 4, "lora_layers": layers}
+    return {**make_folders(tmp_path_factory.mktemp("models"), lora, layers), "lora": lora, "layers": layers, "adapter": adapter}

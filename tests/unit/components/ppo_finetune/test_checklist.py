@@ -26,17 +26,7 @@ EOS = 1
 
 
 def make_roles(folders: dict[str, Any]) -> Roles:
-    rank = 2 if folders["lora"] else 0
-    return load_roles(
-        folders["sft"],
-        folders["reward"],
-        folders["judge"],
-        precision="float32",
-        lora_rank=rank,
-        lora_alpha=4,
-        lora_layers=folders["layers"],
-        seed=0,
-    )
+    return load_roles(folders["sft"], folders["reward"], folders["judge"], precision="float32", seed=0, **folders["adapter"])
 
 
 def make_config(**changes: Any) -> Config:
@@ -280,7 +270,7 @@ LOGGED = {
         "judge_reward",
         "reward_smoothed",
         "judge_smoothed",
-        "worth",
+        "judge_penalised",
         "kl_reference",
         "sqrt_kl_reference",
         "kl_old",

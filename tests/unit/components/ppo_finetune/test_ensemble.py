@@ -35,17 +35,7 @@ def ensemble(folders: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def _roles(folders: dict[str, Any], reward: Path) -> Roles:
-    rank = 2 if folders["lora"] else 0
-    return load_roles(
-        folders["sft"],
-        reward,
-        folders["judge"],
-        precision="float32",
-        lora_rank=rank,
-        lora_alpha=4,
-        lora_layers=folders["layers"],
-        seed=0,
-    )
+    return load_roles(folders["sft"], reward, folders["judge"], precision="float32", seed=0, **folders["adapter"])
 
 
 def test_members_are_found_in_order(ensemble: Path, folders: dict[str, Any]) -> None:

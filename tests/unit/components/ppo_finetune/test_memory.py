@@ -16,29 +16,13 @@ from components.rlhf.models import load_policy
 
 @pytest.fixture
 def config(folders: dict[str, Any]) -> Config:
-    return Config(
-        batch_prompts=6,
-        max_new_tokens=10,
-        micro_batch_tokens=64,
-        lora_rank=2 if folders["lora"] else 0,
-        lora_alpha=4,
-        lora_layers=folders["layers"],
-    )
+    return Config(batch_prompts=6, max_new_tokens=10, micro_batch_tokens=64, **folders["adapter"])
 
 
 def test_the_shares_of_weights_are_those_of_the_loaded_roles(folders: dict[str, Any], config: Config) -> None:
     shares = plan(config, folders["sft"], [folders["reward"], folders["judge"]], [5, 20])
     found = {(each.role, each.what): each.bytes for each in shares}
-    roles = load_roles(
-        folders["sft"],
-        folders["reward"],
-        folders["judge"],
-        precision="float32",
-        lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_layers=config.lora_layers,
-        seed=0,
-    )
+    roles = load_roles(folders["sft"], folders["reward"], folders["judge"], precision="float32", seed=0, **folders["adapter"])
     trained = 4 * sum(parameter.numel() for parameter in roles.policy.trainable)
     what = "adapter" if config.lora_rank else "weights"
     assert found["policy", what] == trained

@@ -69,17 +69,7 @@ def test_line_32_ppo_forgets_less_with_the_mix(folders: dict[str, Any]) -> None:
     """After the same update the text is likelier where it was mixed in; without the mix its loss is not even computed."""
     after = {}
     for coefficient in (0.0, 2.0):
-        rank = 2 if folders["lora"] else 0
-        roles = load_roles(
-            folders["sft"],
-            folders["reward"],
-            folders["judge"],
-            precision="float32",
-            lora_rank=rank,
-            lora_alpha=4,
-            lora_layers=folders["layers"],
-            seed=0,
-        )
+        roles = load_roles(folders["sft"], folders["reward"], folders["judge"], precision="float32", seed=0, **folders["adapter"])
         texts = windows(roles.tokenizer, TEXTS, max_tokens=40)
         pad = roles.tokenizer.pad_token_id
         config = Config(

@@ -69,13 +69,13 @@ def test_line_35_a_judge_that_falls_with_the_reward_is_no_over_optimisation() ->
 
 
 def test_line_35_a_judge_that_rises_with_the_distance_alone_is_not_believed() -> None:
-    """Worth by hand at 0.05 a nat: 0, 0.5 - 0.1, 0.9 - 0.25, 1.0 - 0.5, 1.1 - 1.0; a KL below 0 is an estimate of 0."""
+    """Penalised by hand at 0.05 a nat: 0, 0.5 - 0.1, 0.9 - 0.25, 1.0 - 0.5, 1.1 - 1.0; a KL below 0 is an estimate of 0."""
     rewards, judges, distances = [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 0.5, 0.9, 1.0, 1.1], [-0.1, 2.0, 5.0, 10.0, 20.0]
-    progress, stops = _replay(Config(judge_window=1, judge_kl_price=0.05), rewards, judges, distances)
-    assert [row["worth"] for row in progress.history] == pytest.approx([0.0, 0.4, 0.65, 0.5, 0.1])
+    progress, stops = _replay(Config(judge_window=1, judge_kl_penalty=0.05), rewards, judges, distances)
+    assert [row["judge_penalised"] for row in progress.history] == pytest.approx([0.0, 0.4, 0.65, 0.5, 0.1])
     assert progress.best_update == 2
     assert stops == [False, False, False, False, True]
-    free, stops = _replay(Config(judge_window=1, judge_kl_price=0.0), rewards, judges, distances)
+    free, stops = _replay(Config(judge_window=1, judge_kl_penalty=0.0), rewards, judges, distances)
     assert free.best_update == 4
     assert not any(stops)
 

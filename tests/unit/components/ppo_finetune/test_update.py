@@ -20,18 +20,9 @@ from components.rlhf.tokens import encode_prompt
 PROMPTS = ["the cat", "a dog ran", "restart the router", "no", "thank you", "the red house"]
 
 
-def _roles(folders: dict[str, Any], rank: int = 2) -> Roles:
-    rank = rank if folders["lora"] else 0
-    return load_roles(
-        folders["sft"],
-        folders["reward"],
-        folders["judge"],
-        precision="float32",
-        lora_rank=rank,
-        lora_alpha=4,
-        lora_layers=folders["layers"],
-        seed=0,
-    )
+def _roles(folders: dict[str, Any], **changes: Any) -> Roles:
+    adapter = {**folders["adapter"], **(changes if folders["lora"] else {})}
+    return load_roles(folders["sft"], folders["reward"], folders["judge"], precision="float32", seed=0, **adapter)
 
 
 def _config(**changes: Any) -> Config:
@@ -224,7 +215,7 @@ def test_the_saved_policy_is_the_trained_one_in_plain_transformers(folders: dict
 def test_a_policy_learns_what_is_rewarded(folders: dict[str, Any]) -> None:
     """Rewarded for first tokens whose output embedding points one way, and for nothing else, it comes to give those."""
     config = _config(updates=40, max_new_tokens=1, learning_rate=2e-2, value_learning_rate=2e-2)
-    roles = _roles(folders, rank=8)
+    roles = _roles(folders, lora_rank=8)
     good_V = roles.model.get_output_embeddings().weight.detach()[:, 0] > 0
     progress = Progress(config, roles)
     sampling = torch.Generator().manual_seed(0)
