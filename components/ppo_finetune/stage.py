@@ -1,7 +1,7 @@
 """PPO against the reward model, watched by a judge that is never optimised.
 
 Goes in:  the SFT policy, the reward model, the judge, and the snapshot whose prompts are answered.
-Comes out: the policy of the update that the judge liked best, as a plain Hugging Face folder on S3, with `training.jsonl`.
+Comes out: the last policy than which the judge likes none better, as a plain Hugging Face folder on S3, with `training.jsonl`.
 Alone:    python -m components.ppo_finetune --snapshot-uri s3://… --sft-uri s3://… --reward-model-uri s3://… --judge-model-uri …
 
 Ouyang 2022, section 3.5; when to stop follows Gao 2022: where the reward still rises and the judge's falls, the reward model is
@@ -113,7 +113,7 @@ class Config(Settings):
     """Updates over which reward and judge are averaged before they are compared."""
     judge_tolerance: float = Field(0.3, gt=0)
     """How far the judge's penalised reward may fall while the reward rises before PPO stops, in deviations of its scores."""
-    judge_kl_penalty: float = Field(0.02, ge=0)
+    judge_kl_penalty: float = Field(0.05, ge=0)
     """What a nat of KL to the reference takes off the judge's reward, in deviations of its scores: far from it the judge errs."""
     max_same_answer_fraction: float = Field(0.5, gt=0, le=1)
     """Share of an update's completions that may be one and the same text before the run counts as collapsed."""
@@ -169,7 +169,7 @@ class Progress:
         update: the next one; the number of updates done.
         beta: the KL coefficient.
         history: what was logged, update by update.
-        best: the policy's weights in the update with the highest penalised reward of the judge.
+        best: the policy's weights in the last update than which the judge liked no other better (`watch.keep_best`).
     """
 
     def __init__(self, config: Config, roles: Roles) -> None:
@@ -226,7 +226,7 @@ class Progress:
 
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
-    """1. load the roles and the prompts; 2. update; 3. take the policy that the judge liked best; 4. publish."""
+    """1. load the roles and the prompts; 2. update; 3. take the policy that was kept; 4. publish."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if bool(inputs.pretraining) != bool(config.pretraining_coefficient):
@@ -281,7 +281,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     peak_gib = peak_bytes() / GIB  # publishing takes memory of its own
     _log.info("memory: %.3f GiB at the peak", peak_gib)
 
-    # 3. The best policy, by the judge.
+    # 3. The policy that was kept.
     load_weights(roles.policy.trainable, progress.best)
     chosen = progress.history[progress.best_update]
     for each in progress.history:

@@ -285,6 +285,7 @@ def statistics(experience: Experience) -> dict[str, float]:
     return {
         "reward": float(experience.scores_B.mean()),
         "judge_reward": float(experience.judge_B.mean()),
+        "judge_error": float(experience.judge_B.std(correction=0)) / math.sqrt(len(experience.judge_B)),
         "kl_reference": kl_reference,
         "sqrt_kl_reference": math.sqrt(max(0.0, kl_reference)),
         "entropy": experience.entropy,

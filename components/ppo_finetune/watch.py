@@ -40,23 +40,33 @@ def smoothed(history: list[dict[str, Any]], key: str, window: int) -> float:
 
 
 def keep_best(config: Config, progress: Progress) -> None:
-    """Keeps the policy of this update if the judge's penalised reward is the highest so far: smoothed, less a penalty for its KL.
+    """Keeps the policy of this update, unless the judge likes an earlier one better by more than a standard error.
 
-    Without the penalty the judge is no witness far from SFT: it learned from answers near SFT's, as the reward model did, and both
-    go on rising where the truth falls (tests/benchmarks/README.md; Gao 2022 for the truth against the root of KL).
+    What is compared is the judge's smoothed reward less a penalty for the KL. Without the penalty the judge is no witness far from
+    SFT: it learned from answers near SFT's, as the reward model did, and both go on rising where the truth falls (Gao 2022). Without
+    the error chance says which of many equal policies is kept, often a half-trained one (tests/benchmarks/README.md).
     """
     row = progress.history[-1]
+    window = progress.history[-config.judge_window :]
     row["judge_smoothed"] = smoothed(progress.history, "judge_reward", config.judge_window)
     row["reward_smoothed"] = smoothed(progress.history, "reward", config.judge_window)
+    row["judge_error_smoothed"] = math.hypot(*(each["judge_error"] for each in window)) / len(window)
     distance = max(0.0, smoothed(progress.history, "kl_reference", config.judge_window))
     row["judge_penalised"] = row["judge_smoothed"] - config.judge_kl_penalty * distance
-    if row["judge_penalised"] >= max(each["judge_penalised"] for each in progress.history):
+    best = liked_best(progress)
+    error = math.hypot(row["judge_error_smoothed"], best["judge_error_smoothed"])  # of the difference
+    if row["judge_penalised"] >= best["judge_penalised"] - error:
         progress.best = [weights.clone() for weights in weights_of(progress.roles.policy.trainable)]
         progress.best_update = row["update"]
 
 
+def liked_best(progress: Progress) -> dict[str, Any]:
+    """The update with the highest penalised reward of the judge so far."""
+    return max(progress.history, key=lambda row: row["judge_penalised"])
+
+
 def over_optimised(config: Config, progress: Progress) -> bool:
-    """Whether the judge's penalised reward has fallen from its best while the reward model's has risen since."""
-    now, best = progress.history[-1], progress.history[progress.best_update]
+    """Whether the judge's penalised reward has fallen from its highest while the reward model's has risen since."""
+    now, best = progress.history[-1], liked_best(progress)
     fell = now["judge_penalised"] < best["judge_penalised"] - config.judge_tolerance
     return bool(fell and now["reward_smoothed"] > best["reward_smoothed"])

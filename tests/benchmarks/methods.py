@@ -132,29 +132,35 @@ def true_scores(world: World, answers: Sequence[Completion], samples: int) -> li
     return [truth.score(prompt, answer.text) for prompt, answer in zip(asked, answers, strict=True)]
 
 
-def measured(uri: str, world: World, samples: int, budget: int) -> Row:
-    """Mean truth and KL to SFT of a policy's own answers."""
+def rewards(world: World, answers: Sequence[Completion], samples: int) -> list[float]:
+    """The reward model's centred scores of answers, in deviations."""
     with tempfile.TemporaryDirectory() as name:
-        policy, tokenizer = fetched(uri, Path(name) / "policy", "policy")
-        answers = draw(policy, tokenizer, world, samples, budget)
+        model, tokenizer = fetched(world.reward, Path(name) / "reward", "scorer")
+    asked = [prompt for prompt in world.prompts for _ in range(samples)]
+    found: list[float] = []
+    for first in range(0, len(answers), 1024):
+        part = slice(first, first + 1024)
+        found += score(model, tokenizer, asked[part], [a.text for a in answers[part]], batch_size=BATCH).tolist()
+    return found
+
+
+def measured(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, samples: int, budget: int) -> Row:
+    """Mean reward, truth and KL to SFT of a policy's own answers."""
+    answers = draw(policy, tokenizer, world, samples, budget)
+    with tempfile.TemporaryDirectory() as name:
         sft, _ = fetched(world.sft, Path(name) / "sft", "policy")
     reference = completion_logprobs(sft, tokenizer, answers, temperature=1.0, batch_size=BATCH)
-    ratios = [float((a.logprobs - b).double().sum()) for a, b in zip(answers, reference, strict=True)]
-    return {"kl": statistics.fmean(ratios), "truth": statistics.fmean(true_scores(world, answers, samples))}
+    kl = statistics.fmean(float((a.logprobs - b).double().sum()) for a, b in zip(answers, reference, strict=True))
+    reward, true = (statistics.fmean(of(world, answers, samples)) for of in (rewards, true_scores))
+    return {"kl": kl, "reward": reward, "truth": true}
 
 
 def best_of_n(world: World, budget: int) -> list[Row]:
     """Truth of the best of n by the reward model, the mean over all disjoint groups of n among the answers drawn."""
     with tempfile.TemporaryDirectory() as name:
         sft, tokenizer = fetched(world.sft, Path(name) / "sft", "policy")
-        reward, _ = fetched(world.reward, Path(name) / "reward", "scorer")
     answers = draw(sft, tokenizer, world, MOST, budget)
-    asked = [prompt for prompt in world.prompts for _ in range(MOST)]
-    proxy: list[float] = []
-    for first in range(0, len(answers), 1024):
-        part = slice(first, first + 1024)
-        proxy += score(reward, tokenizer, asked[part], [a.text for a in answers[part]], batch_size=BATCH).tolist()
-    true = true_scores(world, answers, MOST)
+    proxy, true = rewards(world, answers, MOST), true_scores(world, answers, MOST)
     rows = []
     for setting in SETTINGS["best-of-n"]:
         n = setting["n"]
@@ -163,9 +169,9 @@ def best_of_n(world: World, budget: int) -> list[Row]:
     return rows
 
 
-def at_equal_kl(rows: Iterable[Row], kl: float, start: float) -> float | None:
-    """Truth of one method and seed at a KL, between its settings and SFT (truth `start` at 0); None beyond the farthest."""
-    points = sorted([(0.0, start), *((math.sqrt(max(0.0, row["kl"])), row["truth"]) for row in rows)])
+def at_equal_kl(rows: Iterable[Row], kl: float, start: float, key: str = "truth") -> float | None:
+    """`key` of one method and seed at a KL, between its settings and SFT (`start` at 0); None beyond the farthest."""
+    points = sorted([(0.0, start), *((math.sqrt(max(0.0, row["kl"])), row[key]) for row in rows)])
     x = math.sqrt(kl)
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= x <= x1:
@@ -244,7 +250,10 @@ def of_seed(profile: Profile, seed: int, prompts: int, samples: int, results: Pa
                 keep("best-of-n", row)
         for method, setting in todo:
             if method != "best-of-n":
-                keep(method, {"setting": setting, **measured(trained(method, profile, world, setting), world, samples, budget)})
+                uri = trained(method, profile, world, setting)
+                with tempfile.TemporaryDirectory() as name:
+                    policy, tokenizer = fetched(uri, Path(name) / "policy", "policy")
+                keep(method, {"setting": setting, **measured(policy, tokenizer, world, samples, budget)})
     return list(known.values())
 
 

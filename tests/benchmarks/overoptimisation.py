@@ -41,7 +41,7 @@ from tests.benchmarks.methods import Row, run_stage, spread
 
 FLIPPED = 0.25
 SMOOTH = 5  # updates
-KL_PENALTIES = (0.0, 0.02, 0.1)  # in the rule that keeps a policy; the stage's default is the middle one
+KL_PENALTIES = (0.0, 0.02, 0.05, 0.1)  # in the rule that keeps a policy
 
 
 class Variant(NamedTuple):
@@ -85,7 +85,7 @@ def turned_round(path: Path, seed: int) -> None:
 
 
 def curve(profile: Profile, variant: Variant, updates: int) -> list[Row]:
-    """What each update measured: kl_reference in nats, reward and judge_reward in deviations, truth."""
+    """What each update measured: kl_reference in nats, reward, judge_reward and judge_error in deviations, truth."""
     assert profile.simulated is not None
     stages, seed = profile.stages, profile.simulated.seed
     with tempfile.TemporaryDirectory() as name:
@@ -119,7 +119,7 @@ def curve(profile: Profile, variant: Variant, updates: int) -> list[Row]:
         completions = one_update(config, progress, [prompts[i] for i in chosen], last=update == updates)
         true = [truth.score(messages[i], completion.text) for i, completion in zip(chosen, completions, strict=True)]
         row = progress.history[-1]
-        rows.append({key: row[key] for key in ("update", "kl_reference", "reward", "judge_reward")})
+        rows.append({key: row[key] for key in ("update", "kl_reference", "reward", "judge_reward", "judge_error")})
         rows[-1]["truth"] = statistics.fmean(true)
     return rows
 

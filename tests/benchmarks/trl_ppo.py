@@ -1,6 +1,7 @@
 """Seconds and memory of TRL's PPO updates, as one JSON line. Runs in TRL's environment: trl 1.12.0, the last release that had PPO.
 
-`python tests/benchmarks/trl_ppo.py --trl FOLDER …`, where FOLDER is `pip install --no-deps -t FOLDER trl==1.12.0`.
+`python tests/benchmarks/trl_ppo.py --trl FOLDER …`, where FOLDER is `pip install --no-deps -t FOLDER trl==1.12.0`. For
+`equal_kl.py` it optimises a reward model that has learned something, and keeps the policy.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--trl", required=True, help="folder that holds trl 1.12.0")
     parser.add_argument("--lora-rank", type=int, default=0, help="ignored: TRL trains the policy and the value model in full")
+    parser.add_argument("--reward", help="folder of the reward model, from which the value model starts; default: a random head")
+    parser.add_argument("--kl-coefficient", type=float, default=0.05)
+    parser.add_argument("--learning-rate", type=float, default=1e-6)
+    parser.add_argument("--missing-eos-penalty", type=float)
+    parser.add_argument("--save", help="folder for the policy")
     a = parser.parse_args()
     sys.path.insert(0, a.trl)
     os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
@@ -39,7 +45,7 @@ def main() -> None:
     prompts = Dataset.from_dict({"input_ids": prompts_of(a.prompts, tokenizer, a.prompt_tokens)})
 
     def scorer() -> Any:
-        return transformers.AutoModelForSequenceClassification.from_pretrained(a.model, num_labels=1, dtype=dtype)
+        return transformers.AutoModelForSequenceClassification.from_pretrained(a.reward or a.model, num_labels=1, dtype=dtype)
 
     policy = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype=dtype)
     reward, value = scorer(), scorer()
@@ -62,8 +68,9 @@ def main() -> None:
             response_length=a.new_tokens,
             stop_token="eos",
             temperature=a.temperature,
-            learning_rate=1e-6,
-            missing_eos_penalty=None,
+            learning_rate=a.learning_rate,
+            kl_coef=a.kl_coefficient,
+            missing_eos_penalty=a.missing_eos_penalty,
             local_rollout_forward_batch_size=a.batch,
             num_sample_generations=0,
             report_to=[],
@@ -85,6 +92,9 @@ def main() -> None:
         trainer.add_callback(Clock())
         times.append(time.perf_counter())
         trainer.train()
+        if a.save:
+            trainer.save_model(a.save)
+            tokenizer.save_pretrained(a.save)
     seconds = [after - before for before, after in itertools.pairwise(times)]
     counted = seconds[1:] or seconds
     print(

@@ -13,7 +13,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """Options of one timed process."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
-    parser.add_argument("--prompts", type=Path, required=True, help='JSON lines {"prompt": messages}')
+    parser.add_argument("--prompts", type=Path, required=True, help='JSON lines {"prompt": messages}, or {"input_ids": tokens}')
     parser.add_argument("--updates", type=int, default=6, help="the first is not counted")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=64, help="longer prompts are left out")
@@ -26,11 +26,15 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def prompts_of(file: Path, tokenizer: Any, limit_tokens: int) -> list[list[int]]:
-    """Token ids of the last user turn of each prompt, where they are not too many."""
-    rows = [json.loads(line)["prompt"][-1:] for line in file.read_text(encoding="utf-8").splitlines()]
-    encoded = [
-        tokenizer.apply_chat_template(r, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"] for r in rows
-    ]
+    """Token ids of the last user turn of each prompt, or as they stand there, where they are not too many."""
+
+    def ids(row: dict[str, Any]) -> list[int]:
+        if "input_ids" in row:
+            return list(row["input_ids"])
+        chat = row["prompt"][-1:]
+        return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+
+    encoded = [ids(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     return [ids for ids in encoded if len(ids) <= limit_tokens]
 
 

@@ -268,6 +268,8 @@ LOGGED = {
     *(
         "reward",
         "judge_reward",
+        "judge_error",
+        "judge_error_smoothed",
         "reward_smoothed",
         "judge_smoothed",
         "judge_penalised",

@@ -40,7 +40,7 @@ def test_line_36_each_failure_says_which_it_was() -> None:
 
 
 def _replay(
-    config: Config, rewards: list[float], judges: list[float], distances: list[float] | None = None
+    config: Config, rewards: list[float], judges: list[float], distances: list[float] | None = None, error: float = 0.0
 ) -> tuple[Any, list[bool]]:
     weight = torch.nn.Parameter(torch.zeros(()))
     roles = SimpleNamespace(policy=SimpleNamespace(trainable=[weight]))
@@ -48,7 +48,8 @@ def _replay(
     stops = []
     for update, (reward, judge, nats) in enumerate(zip(rewards, judges, distances or [0.0] * len(rewards), strict=True)):
         weight.data.fill_(float(update))
-        progress.history.append({"update": update, "reward": reward, "judge_reward": judge, "kl_reference": nats})
+        row = {"update": update, "reward": reward, "judge_reward": judge, "judge_error": error, "kl_reference": nats}
+        progress.history.append(row)
         keep_best(config, progress)  # type: ignore[arg-type]
         stops.append(over_optimised(config, progress))  # type: ignore[arg-type]
     return progress, stops
@@ -78,6 +79,29 @@ def test_line_35_a_judge_that_rises_with_the_distance_alone_is_not_believed() ->
     free, stops = _replay(Config(judge_window=1, judge_kl_penalty=0.0), rewards, judges, distances)
     assert free.best_update == 4
     assert not any(stops)
+
+
+def test_of_policies_that_the_judge_cannot_tell_apart_the_last_is_kept() -> None:
+    """An error of 0.06 for each update: of a mean of two 0.06 / √2, of two such means' difference 0.06.
+
+    Means: 0.0, 0.3, 0.65, 0.625, 0.6, 0.575; the highest less the error is 0.59.
+    """
+    judges = [0.0, 0.6, 0.7, 0.55, 0.65, 0.5]
+    progress, stops = _replay(Config(judge_window=2), [0.0] * 6, judges, error=0.06)
+    assert progress.history[2]["judge_error_smoothed"] == pytest.approx(0.06 / 2**0.5)
+    assert progress.best_update == 4
+    assert progress.best[0].item() == 4.0
+    assert not any(stops)
+    sure, _ = _replay(Config(judge_window=2), [0.0] * 6, judges)
+    assert sure.best_update == 2
+
+
+def test_the_stop_looks_at_the_highest_and_not_at_what_is_kept() -> None:
+    """Kept is 0.7, within the error of 0.8; 0.45 is 0.35 below the highest, and 0.25 below what is kept."""
+    config = Config(judge_window=1, judge_tolerance=0.3)
+    progress, stops = _replay(config, [0.0, 1.0, 2.0, 3.0], [0.0, 0.8, 0.7, 0.45], error=0.1)
+    assert progress.best_update == 2
+    assert stops == [False, False, False, True]
 
 
 def test_one_lucky_update_is_smoothed_away() -> None:
