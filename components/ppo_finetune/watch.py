@@ -43,8 +43,8 @@ def keep_best(config: Config, progress: Progress) -> None:
     """Keeps the policy of this update, unless the judge likes an earlier one better by more than a standard error.
 
     What is compared is the judge's smoothed reward less a penalty for the KL. Without the penalty the judge is no witness far from
-    SFT: it learned from answers near SFT's, as the reward model did, and both go on rising where the truth falls (Gao 2022). Without
-    the error chance says which of many equal policies is kept, often a half-trained one (tests/benchmarks/README.md).
+    SFT: it learned from answers near SFT's, as the reward model did, and both go on rising where the truth falls (Gao 2022).
+    Without the error chance says which of many equal policies is kept, often a half-trained one (tests/benchmarks/README.md).
     """
     row = progress.history[-1]
     window = progress.history[-config.judge_window :]

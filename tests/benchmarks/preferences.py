@@ -13,6 +13,7 @@ the same held-out pairs, and no prompt is on both sides.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -38,8 +39,10 @@ MICRO_BATCH_TOKENS = 1024
 RANK = 16
 
 
-def trained(a: argparse.Namespace, train: list[EncodedRanking], tokenizer: PreTrainedTokenizerBase) -> tuple[Role, float]:
-    """The role after one epoch, and the seconds that took."""
+def trained(
+    a: argparse.Namespace, train: list[EncodedRanking], rate: float, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Role, float]:
+    """The role after one epoch at a learning rate, and the seconds that took."""
     adapter = {"lora_rank": RANK, "lora_alpha": 2 * RANK, "lora_layers": a.lora_layers, "precision": "bfloat16"}
     config = Config(
         batch_rankings=8,
@@ -49,7 +52,7 @@ def trained(a: argparse.Namespace, train: list[EncodedRanking], tokenizer: PreTr
     _, role = new_role(config, a.seed, a.model, tokenizer)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(a.seed)).split(config.batch_rankings)
     optimiser = Optimiser(
-        role.trainable, learning_rate=a.learning_rate, steps=len(order), warmup_fraction=0.05, weight_decay=config.weight_decay
+        role.trainable, learning_rate=rate, steps=len(order), warmup_fraction=0.05, weight_decay=config.weight_decay
     )
     started = time.perf_counter()
     for rows in order:
@@ -101,7 +104,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, nargs="+", required=True, help="pairs to learn from")
     parser.add_argument("--test", type=int, default=300, help="held-out pairs")
     parser.add_argument("--max-tokens", type=int, default=128, help="longer pairs are left out")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3], help="of lora and full")
     parser.add_argument("--lora-layers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -116,7 +119,8 @@ def main() -> None:
     if a.method == "probe":
         train_NLF, test_NLF = features(model, train, pad_id), features(model, test, pad_id)
     del model
-    for size in a.train:
+    rates = a.learning_rates if a.method in ("lora", "full") else [0.0]
+    for size, rate in itertools.product(a.train, rates):
         seconds = 0.0
         if a.method == "probe":
             leads = probe(train_NLF[:size], test_NLF)
@@ -124,11 +128,11 @@ def main() -> None:
             if a.method == "saved":
                 role = scorer_role(load_scorer(a.folder)[0])
             else:
-                role, seconds = trained(a, train[:size], tokenizer)
+                role, seconds = trained(a, train[:size], rate, tokenizer)
             leads = np.array([chosen - rejected for chosen, rejected in scores_of(role, test, pad_id, MICRO_BATCH_TOKENS)])
         accuracy = wilson_interval(float((leads > 0).sum()), len(leads))
         numbers = {key: round(value, 3) for key, value in accuracy._asdict().items()}
-        settings = {"learning_rate": a.learning_rate, "lora_layers": a.lora_layers} if a.method in ("lora", "full") else {}
+        settings = {"learning_rate": rate, "lora_layers": a.lora_layers} if rate else {}
         print(json.dumps({"method": a.method, "pairs": size, **settings, **numbers, "seconds": round(seconds)}), flush=True)
 
 
