@@ -112,7 +112,7 @@ class Config(Settings):
     judge_window: int = Field(5, ge=1)
     """Updates over which reward and judge are averaged before they are compared."""
     judge_tolerance: float = Field(0.3, gt=0)
-    """How far the judge's penalised reward may fall while the reward rises before PPO stops, in deviations of its scores."""
+    """How far the judge's penalised reward may surely fall while the reward rises before PPO stops, in deviations of its scores."""
     judge_kl_penalty: float = Field(0.05, ge=0)
     """What a nat of KL to the reference takes off the judge's reward, in deviations of its scores: far from it the judge errs."""
     max_same_answer_fraction: float = Field(0.5, gt=0, le=1)

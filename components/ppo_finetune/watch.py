@@ -53,9 +53,7 @@ def keep_best(config: Config, progress: Progress) -> None:
     row["judge_error_smoothed"] = math.hypot(*(each["judge_error"] for each in window)) / len(window)
     distance = max(0.0, smoothed(progress.history, "kl_reference", config.judge_window))
     row["judge_penalised"] = row["judge_smoothed"] - config.judge_kl_penalty * distance
-    best = liked_best(progress)
-    error = math.hypot(row["judge_error_smoothed"], best["judge_error_smoothed"])  # of the difference
-    if row["judge_penalised"] >= best["judge_penalised"] - error:
+    if fallen(progress) <= 0:
         progress.best = [weights.clone() for weights in weights_of(progress.roles.policy.trainable)]
         progress.best_update = row["update"]
 
@@ -65,8 +63,14 @@ def liked_best(progress: Progress) -> dict[str, Any]:
     return max(progress.history, key=lambda row: row["judge_penalised"])
 
 
-def over_optimised(config: Config, progress: Progress) -> bool:
-    """Whether the judge's penalised reward has fallen from its highest while the reward model's has risen since."""
+def fallen(progress: Progress) -> float:
+    """How far the judge's penalised reward has fallen from its highest, beyond the standard error of their difference."""
     now, best = progress.history[-1], liked_best(progress)
-    fell = now["judge_penalised"] < best["judge_penalised"] - config.judge_tolerance
-    return bool(fell and now["reward_smoothed"] > best["reward_smoothed"])
+    error = math.hypot(now["judge_error_smoothed"], best["judge_error_smoothed"])
+    return float(best["judge_penalised"] - now["judge_penalised"] - error)
+
+
+def over_optimised(config: Config, progress: Progress) -> bool:
+    """Whether the judge's penalised reward has surely fallen from its highest while the reward model's has risen since."""
+    rose = progress.history[-1]["reward_smoothed"] > liked_best(progress)["reward_smoothed"]
+    return bool(rose and fallen(progress) > config.judge_tolerance)
