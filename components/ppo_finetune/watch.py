@@ -64,7 +64,10 @@ def liked_best(progress: Progress) -> dict[str, Any]:
 
 
 def fallen(progress: Progress) -> float:
-    """How far the judge's penalised reward has fallen from its highest, beyond the standard error of their difference."""
+    """How far the judge's penalised reward has fallen from its highest, beyond the standard error of their difference.
+
+    In deviations of the judge's scores. Means that share updates differ by less chance than that, so the error is on the safe side.
+    """
     now, best = progress.history[-1], liked_best(progress)
     error = math.hypot(now["judge_error_smoothed"], best["judge_error_smoothed"])
     return float(best["judge_penalised"] - now["judge_penalised"] - error)

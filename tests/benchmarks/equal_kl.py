@@ -33,8 +33,8 @@ SIDES = ("ours", "TRL")
 PROMPTS, SAMPLES = 256, 4
 
 
-def trl_policy(a: argparse.Namespace, config: Config, world: World, beta: float, rate: float, folder: Path) -> Path:
-    """Folder of the policy that TRL makes."""
+def trl_policy(a: argparse.Namespace, config: Config, world: World, rate: float, folder: Path) -> Path:
+    """Folder of the policy that TRL makes with the stage's settings and a learning rate of its own."""
     Storage().fetch_folder(world.snapshot, folder / "snapshot")
     sft, tokenizer = fetched(world.sft, folder / "sft", "policy")
     reward, _ = fetched(world.reward, folder / "reward", "scorer")
@@ -53,7 +53,7 @@ def trl_policy(a: argparse.Namespace, config: Config, world: World, beta: float,
         "new-tokens": config.max_new_tokens,
         "epochs": config.epochs,
         "temperature": config.temperature,
-        "kl-coefficient": beta,
+        "kl-coefficient": config.beta,
         "learning-rate": rate,
         "missing-eos-penalty": -config.no_eos_score,
         "threads": a.threads,
@@ -68,13 +68,14 @@ def trl_policy(a: argparse.Namespace, config: Config, world: World, beta: float,
 
 def of_side(a: argparse.Namespace, side: str, profile: Profile, world: World, setting: Row) -> Row:
     """What the policy of one side and setting reaches."""
-    config = Config(**{**profile.stages["ppo_finetune"], "kl_target": 0.0, "beta": setting["beta"]})
+    fixed = {"kl_target": 0.0, "beta": setting["beta"]}
     with tempfile.TemporaryDirectory() as name:
         if side == "ours":
-            uri = trained("ppo", profile, world, {"kl_target": 0.0, "beta": setting["beta"]})
+            uri = trained("ppo", profile, world, fixed)
             policy, tokenizer = fetched(uri, Path(name) / "policy", "policy")
         else:
-            folder = trl_policy(a, config, world, setting["beta"], setting["learning_rate"], Path(name))
+            config = Config(**{**profile.stages["ppo_finetune"], **fixed})
+            folder = trl_policy(a, config, world, setting["learning_rate"], Path(name))
             policy, tokenizer = load_policy(folder)
     return measured(policy, tokenizer, world, SAMPLES, profile.stages["evaluate"]["max_new_tokens"])
 
