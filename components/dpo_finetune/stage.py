@@ -74,7 +74,7 @@ class Config(Settings):
     lora_layers: int = Field(0, ge=0)
     """The last so many layers carry the adapter; 0: all."""
     precision: Precision = "float32"
-    """Type of the weights; bfloat16 only with an adapter, whose own weights stay float32."""
+    """Type of the weights; in bfloat16, those that are trained (all, or adapters) are kept and stepped in float32 too."""
     seed: int = 0
     """Seed of the adapter and of the order of the rankings."""
     threads: int = Field(0, ge=0)
@@ -84,8 +84,6 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.precision == "bfloat16" and not self.lora_rank:
-            raise ValueError("precision bfloat16 without an adapter loses small steps: set lora_rank, or float32")
         if self.loss == "plackett_luce" and (self.ties == "half" or self.label_smoothing):
             raise ValueError('ties "half" and label_smoothing are of pairs: loss "plackett_luce" has neither')
         return self

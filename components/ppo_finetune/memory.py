@@ -21,7 +21,7 @@ from components.rlhf.memory import (
 from components.rlhf.models import device, dtype_of
 from components.rlhf.rollout import LOGIT_BYTES
 
-FLOAT_BYTES = 4  # trained weights are float32
+FLOAT_BYTES = 4  # what is trained is kept, stepped and its gradient added up in float32
 UNUSABLE = 0.3  # of the activations: held by the allocator, not usable again for micro-batches of another shape; 0.2 to 0.5 seen
 
 
@@ -59,7 +59,8 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
     shares = [Share("process", "held before the models are loaded", held_bytes())]
     if knobs.lora_rank:
         scorer = [adapter_bytes(folder) for folder in scorers]
-        value = scorer[0]
+        weights, value = trained, scorer[0]
+        value_trained = value
         shares += [Share("reference", f"the base that all share, {knobs.precision}", base), Share("policy", "adapter", trained)]
         shapes = [AdapterShape(knobs.lora_rank, 0, knobs.lora_layers), *(adapter_shape(f / ADAPTER_FOLDER) for f in scorers)]
         if trunk_layers(config.num_hidden_layers, shapes):
@@ -67,14 +68,18 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
             shares.append(Share("trunk", "what lies below the adapters, of every token", hidden))
     else:
         head = model.get_output_embeddings().weight
-        value = base - (0 if config.tie_word_embeddings else head.numel() * head.element_size())
+        itemsize = head.element_size()
+        value = base - (0 if config.tie_word_embeddings else head.numel() * itemsize)
+        weights, value_trained = trained // FLOAT_BYTES * itemsize, value // itemsize * FLOAT_BYTES
         scorer = [value] * len(scorers)
-        shares += [Share("reference", "weights", base), Share("policy", "weights", trained)]
+        shares += [Share("reference", "weights", base), Share("policy", "weights", weights)]
+        if knobs.precision == "bfloat16":
+            shares += [Share("policy", "float32 copy", trained), Share("value", "float32 copy", value_trained)]
     shares += [
         Share("policy", "AdamW's moments", 2 * trained),
-        Share("policy", "copy of the best so far", trained),
+        Share("policy", "copy of the best so far", weights),
         Share("value", "adapter" if knobs.lora_rank else "weights", value),
-        Share("value", "AdamW's moments", 2 * value),
+        Share("value", "AdamW's moments", 2 * value_trained),
         Share("reward", "adapter" if knobs.lora_rank else "weights", sum(scorer[:-1])),
         Share("judge", "adapter" if knobs.lora_rank else "weights", scorer[-1]),
     ]
@@ -85,7 +90,7 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
     if knobs.activation_checkpointing:  # each layer keeps its input, and one at a time is computed again
         saved = one_layer + in_micro_batch * config.hidden_size * adapted * dtype_of(knobs.precision).itemsize
     backward = int(saved * (1 + UNUSABLE)) + one_layer + 3 * LOGIT_BYTES
-    backward += max(trained, value)  # the gradient of one role at a time
+    backward += max(trained, value_trained)  # the gradient of one role at a time
     sampling = cache_bytes(config, knobs.precision, samples, tokens) * (config.num_hidden_layers + 1) // config.num_hidden_layers
     sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64
     phases = [Share("update", "gradient and activations", backward), Share("update", "cache of the rollout", sampling)]

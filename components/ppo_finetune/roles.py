@@ -75,7 +75,7 @@ def load_roles(
 
     Args:
         sft, reward, judge: folders of the policy, the reward model (with its further members) and the judge.
-        precision: of the policy and, with an adapter, of the base that all share.
+        precision: of every role's weights but for adapters and scores' heads, which are float32.
         lora_rank: of the policy's adapter; 0: every role is a model of its own, and the other `lora_` arguments mean nothing.
         lora_layers: how many of the last layers carry the policy's adapter; 0: all.
         seed: of the policy's adapter.
@@ -93,10 +93,11 @@ def load_roles(
         shape = AdapterShape(lora_rank, lora_alpha, lora_layers)
         (policy, reference, value, *scorers), trunk = _adapters(model, heads, value_head, folders, shape, seed)
     else:
-        value_model, _ = load_scorer(reward)
+        value_model, _ = load_scorer(reward, precision)
         value_model.score = value_head
         policy, reference = policy_role(model, trainable=True), policy_role(load_policy(sft, precision)[0])
-        value, scorers = scorer_role(value_model, trainable=True), [scorer_role(load_scorer(folder)[0]) for folder in folders]
+        value = scorer_role(value_model, trainable=True)
+        scorers = [scorer_role(load_scorer(folder, precision)[0]) for folder in folders]
     *members, judge_member = map(Member, scorers, centrings)
     return Roles(policy, reference, value, tuple(members), *judge_member, model, tokenizer, trunk)
 

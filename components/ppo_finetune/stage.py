@@ -124,7 +124,7 @@ class Config(Settings):
     lora_layers: int = Field(0, ge=0)
     """The last so many layers carry the adapter; 0: all. What lies below all adapters is computed once for all roles and passes."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights; bfloat16 only with an adapter, whose own weights stay float32."""
+    """Type of the weights; in bfloat16, those that are trained (all, or adapters) are kept and stepped in float32 too."""
     seed: int = 0
     """Seed of the sampling; the order of the prompts has a stream of its own."""
     threads: int = Field(0, ge=0)
@@ -134,8 +134,6 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.precision == "bfloat16" and not self.lora_rank:
-            raise ValueError("precision bfloat16 without an adapter loses small steps: set lora_rank, or float32")
         if self.minibatches > self.batch_prompts * self.samples_per_prompt:
             raise ValueError(f"{self.minibatches} minibatches of {self.batch_prompts * self.samples_per_prompt} completions")
         if self.value_epochs > self.epochs:

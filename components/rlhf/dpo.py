@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from components.rlhf.models import Role
-from components.rlhf.rankings import EncodedRanking
+from components.rlhf.rankings import EncodedRanking, over_rows
 from components.rlhf.reward import Ties, ranking_loss
 from components.rlhf.rollout import ChosenLogprobs, token_logprobs
 from components.rlhf.tokens import Joined, join, right_pad
@@ -84,9 +84,12 @@ def group_logprobs(role: Role, group: Sequence[EncodedRanking], pad_id: int) -> 
     """
     if group[0].joined:
         return _joined_logprobs(role, group, pad_id)
-    batch = right_pad([p for each in group for p in each.prompts], [c for each in group for c in each.completions], pad_id)
-    logprobs_NT, _ = token_logprobs(role, batch.to(role.device), temperature=1.0, pad_id=pad_id)
-    return logprobs_NT.sum(1)
+
+    def logprobs(prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+        batch = right_pad(prompts, completions, pad_id).to(role.device)
+        return token_logprobs(role, batch, temperature=1.0, pad_id=pad_id)[0].sum(1)
+
+    return over_rows(group, logprobs)
 
 
 def _joined_logprobs(role: Role, group: Sequence[EncodedRanking], pad_id: int) -> Tensor:

@@ -118,7 +118,7 @@ def load_policy(
 
 
 def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A reward model and its tokenizer, in eval mode and frozen.
+    """A reward model and its tokenizer, in eval mode and frozen; its head is float32, so that scores keep their digits.
 
     Raises:
         OSError: not a model folder, no safetensors in it, or weights that do not fit its config.
@@ -127,6 +127,7 @@ def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[P
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = _load_whole(AutoModelForSequenceClassification, folder, precision)
+    model.score.float()
     return _ready(model).requires_grad_(False), tokenizer
 
 

@@ -1,9 +1,9 @@
-"""One optimiser step: AdamW, clipping of the global gradient norm, warm-up and decay."""
+"""One optimiser step: AdamW, clipping of the global gradient norm, warm-up and decay; in float32, whatever the weights are in."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ ADAM_EPSILON = 1e-5  # as the original RLHF code; 1e-8 makes early steps larger 
 
 class Optimiser:
     """AdamW over some parameters, for a known number of steps.
+
+    Parameters in bfloat16 are trained through float32 copies (Micikevicius 2018, section 3.1): beside a weight of 1 bfloat16 has no
+    step below 1/128, and what a learning rate of 1e-5 changes would be lost. Their gradients are moved to the copies as they come,
+    and so are added up over micro-batches in float32.
 
     Args:
         parameters: what it may change.
@@ -37,12 +41,13 @@ class Optimiser:
         clip_norm: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.95),
     ) -> None:
+        self._parameters = list(parameters)
+        self._copies = [p if p.dtype == torch.float32 else _float_copy(p) for p in parameters]
         groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p in self._copies if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in self._copies if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=ADAM_EPSILON)
-        self._parameters = list(parameters)
         self._peak, self._steps, self._clip_norm = learning_rate, steps, clip_norm
         self._warmup = max(1, round(warmup_fraction * steps))
         self.taken = 0
@@ -54,11 +59,14 @@ class Optimiser:
 
     def step(self) -> float:
         """Applies the gradients that have been accumulated, clears them, and gives their norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._copies, self._clip_norm)
         for group in self._adamw.param_groups:
             group["lr"] = self.learning_rate
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, copy in self._copied():
+                parameter.copy_(copy)
         self.taken += 1
         return float(norm)
 
@@ -66,12 +74,32 @@ class Optimiser:
         """Clears the gradients that have been accumulated."""
         self._adamw.zero_grad(set_to_none=True)
 
+    def _copied(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Parameters that are trained through a copy, with it."""
+        return ((p, copy) for p, copy in zip(self._parameters, self._copies, strict=True) if copy is not p)
+
     def state(self) -> dict[str, Any]:
-        return {"adamw": self._adamw.state_dict()["state"], "taken": self.taken}
+        copies = [copy.detach() for _, copy in self._copied()]
+        return {"adamw": self._adamw.state_dict()["state"], "taken": self.taken, "copies": copies}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Puts back what `state` gave; of the parameters themselves it changes nothing (`load_weights` does)."""
+        load_weights([copy for _, copy in self._copied()], state["copies"])
         self._adamw.load_state_dict({"state": state["adamw"], "param_groups": self._adamw.state_dict()["param_groups"]})
         self.taken = state["taken"]
+
+
+def _float_copy(parameter: nn.Parameter) -> nn.Parameter:
+    """A float32 copy, to which each gradient of the parameter is added as soon as a backward pass has made it."""
+    copy = nn.Parameter(parameter.detach().float())
+
+    def move_gradient(parameter: Tensor) -> None:
+        assert parameter.grad is not None, "called after a gradient was made"
+        copy.grad = parameter.grad.float() if copy.grad is None else copy.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move_gradient)
+    return copy
 
 
 def data_order(examples: int, draws: int, seed: int) -> list[int]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from components.rlhf.models import Role
 from components.rlhf.records import Message, Ranking, prompt_key
 from components.rlhf.reward import ranking_scores, sequence_scores, sharing_pays, sharing_works
-from components.rlhf.tokens import PromptTooLong, encode_completion, encode_prompt
+from components.rlhf.tokens import PromptTooLong, encode_completion, encode_prompt, tight_batches
 from components.services.exits import DoNotRetry
 
 if TYPE_CHECKING:
@@ -113,10 +115,22 @@ def join_where_it_pays(role: Role, rankings: Sequence[EncodedRanking], pad_id: i
 
 def group_scores(role: Role, group: Sequence[EncodedRanking], pad_id: int) -> Tensor:
     """Raw scores [N] of the completions of a group that `pack` made, ranking by ranking."""
-    completions = [each.completions for each in group]
     if group[0].joined:
-        return ranking_scores(role, [each.prompts[0] for each in group], completions, pad_id)
-    return sequence_scores(role, [p for each in group for p in each.prompts], [c for each in completions for c in each], pad_id)
+        return ranking_scores(role, [each.prompts[0] for each in group], [each.completions for each in group], pad_id)
+    return over_rows(group, lambda prompts, completions: sequence_scores(role, prompts, completions, pad_id))
+
+
+def over_rows(group: Sequence[EncodedRanking], look: Callable[[list[list[int]], list[list[int]]], Tensor]) -> Tensor:
+    """What `look` gives [n] of prompts and completions, for all N completions of a group with a row each, ranking by ranking.
+
+    Among many completions of one prompt some are far longer than the others, so rows of similar length are looked at together.
+    """
+    prompts = [prompt for each in group for prompt in each.prompts]
+    completions = [completion for each in group for completion in each.completions]
+    parts = tight_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
+    found = torch.cat([look([prompts[i] for i in part], [completions[i] for i in part]) for part in parts])
+    place = {row: number for number, row in enumerate(row for part in parts for row in part)}
+    return found[[place[row] for row in range(len(prompts))]]
 
 
 def pack(rankings: Sequence[EncodedRanking], max_tokens: int) -> list[list[EncodedRanking]]:

@@ -79,7 +79,7 @@ class Config(Settings):
     lora_layers: int = Field(0, ge=0)
     """The last so many layers carry the adapter; 0: all."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights; bfloat16 only with an adapter, whose own weights stay float32."""
+    """Type of the weights; in bfloat16, those that are trained (all, or adapters) are kept and stepped in float32 too."""
     seed: int = 0
     """Seed of the head, the adapter and the order of the rankings; the judge's is one higher, further members' follow."""
     threads: int = Field(0, ge=0)
@@ -110,10 +110,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     """1. read and divide the rankings; 2. train the models and measure them on held-out rankings; 3. studies; 4. publish."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.precision == "bfloat16" and not config.lora_rank:
-        raise DoNotRetry(
-            "train_reward_model.precision = bfloat16 without an adapter loses small steps", "set lora_rank, or float32"
-        )
     outputs = Outputs(context.uri("reward_models") + "/reward", context.uri("reward_models") + "/judge")
     if all(context.published_before(uri) for uri in outputs):
         return outputs

@@ -74,7 +74,7 @@ class Config(Settings):
     test_examples: int = Field(512, ge=0)
     """Held-out completions whose loss is measured at the end, at most."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights."""
+    """Type of a pretrained model's weights; in bfloat16 they are kept and stepped in float32 too."""
     seed: int = 0
     """Seed of the initial weights and of the order of the examples."""
     threads: int = Field(0, ge=0)

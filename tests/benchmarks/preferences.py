@@ -4,10 +4,10 @@
     python -m tests.benchmarks.preferences --model FOLDER --pairs FILE --method probe --train 150 300 600
     python -m tests.benchmarks.preferences --model FOLDER --pairs FILE --method saved --folder FOLDER --train 600
 
-`lora` and `full` train with the stage's own loss and optimiser, one epoch, each size from the start, so that its schedule ends
-there. `probe` is a linear Bradley-Terry head on the frozen model's features, of the layer that does best on a fifth of the pairs it
-learns from: a reward model below it is not trained well. `saved` measures a model that another library trained. All are measured on
-the same held-out pairs, and no prompt is on both sides.
+`lora` and `full` train with the stage's own loss and optimiser, each size from the start, so that its schedule ends there. `probe`
+is a linear Bradley-Terry head on the frozen model's features, of the layer that does best on a fifth of the pairs it learns from: a
+reward model below it is not trained well. `saved` measures a model that another library trained. All are measured on the same held-
+out pairs, and no prompt is on both sides.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.models import Role, load_policy, load_scorer, scorer_role
-from components.rlhf.optimisation import Optimiser
+from components.rlhf.optimisation import Optimiser, data_order
 from components.rlhf.rankings import EncodedRanking, encode_rankings
 from components.rlhf.statistics import wilson_interval
 from components.rlhf.tokens import length_batches, right_pad
@@ -42,7 +42,7 @@ RANK = 16
 def trained(
     a: argparse.Namespace, train: list[EncodedRanking], rate: float, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Role, float]:
-    """The role after one epoch at a learning rate, and the seconds that took."""
+    """The role after so many epochs at a learning rate, and the seconds that took."""
     adapter = {"lora_rank": RANK, "lora_alpha": 2 * RANK, "lora_layers": a.lora_layers, "precision": "bfloat16"}
     config = Config(
         batch_rankings=8,
@@ -50,13 +50,14 @@ def trained(
         **(adapter if a.method == "lora" else {}),
     )
     _, role = new_role(config, a.seed, a.model, tokenizer)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(a.seed)).split(config.batch_rankings)
+    draws = data_order(len(train), a.epochs * len(train), a.seed)
+    order = [draws[first : first + config.batch_rankings] for first in range(0, len(draws), config.batch_rankings)]
     optimiser = Optimiser(
         role.trainable, learning_rate=rate, steps=len(order), warmup_fraction=0.05, weight_decay=config.weight_decay
     )
     started = time.perf_counter()
     for rows in order:
-        accumulate(config, role, [train[i] for i in rows.tolist()], tokenizer.pad_token_id)
+        accumulate(config, role, [train[i] for i in rows], tokenizer.pad_token_id)
         optimiser.step()
     return role, time.perf_counter() - started
 
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=300, help="held-out pairs")
     parser.add_argument("--max-tokens", type=int, default=128, help="longer pairs are left out")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3], help="of lora and full")
+    parser.add_argument("--epochs", type=int, default=1, help="of lora and full")
     parser.add_argument("--lora-layers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -132,7 +134,7 @@ def main() -> None:
             leads = np.array([chosen - rejected for chosen, rejected in scores_of(role, test, pad_id, MICRO_BATCH_TOKENS)])
         accuracy = wilson_interval(float((leads > 0).sum()), len(leads))
         numbers = {key: round(value, 3) for key, value in accuracy._asdict().items()}
-        settings = {"learning_rate": rate, "lora_layers": a.lora_layers} if rate else {}
+        settings = {"learning_rate": rate, "lora_layers": a.lora_layers, "epochs": a.epochs} if rate else {}
         print(json.dumps({"method": a.method, "pairs": size, **settings, **numbers, "seconds": round(seconds)}), flush=True)
 
 

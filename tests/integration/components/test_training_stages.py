@@ -49,6 +49,27 @@ def test_line_37_killed_and_resumed_it_ends_with_the_same_bits(stage: str, undis
     assert not list(Storage().list(root + "/checkpoints/"))
 
 
+@pytest.mark.parametrize("stage", list(OPTIONS))
+def test_all_weights_in_bfloat16_learn_resume_and_are_saved_so(stage: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """A checkpoint holds the float32 copies, or small steps before the kill would be lost."""
+    options: dict[str, Any] = {"precision": "bfloat16", "learning_rate": 1e-4}
+    if stage == "train_sft":
+        options["base_model"] = undisturbed.uri("train_sft")
+    inputs = undisturbed.inputs[stage]
+    once = run(stage, f"s3://rankloop/once-{stage}", inputs, **options)
+    process = StageProcess(stage, f"s3://rankloop/killed-bfloat16-{stage}", inputs, **options)
+    process.signal_after(3, signal.SIGKILL)
+    assert process.ended().returncode == -signal.SIGKILL
+    resumed = run(stage, f"s3://rankloop/killed-bfloat16-{stage}", inputs, **options)
+    assert "continuing after" in resumed.stderr
+    weights, again = fetched(once.uri, tmp_path / "once"), fetched(resumed.uri, tmp_path / "again")
+    assert {str(each.dtype) for name, each in weights.items() if name != "score.weight"} == {"torch.bfloat16"}
+    assert all(torch.equal(each, again[name]) for name, each in weights.items())
+    start = fetched(undisturbed.uri("train_sft"), tmp_path / "start")
+    moved = [name for name in start if name in weights and not torch.equal(start[name].bfloat16(), weights[name])]
+    assert len(moved) > len(start) // 2, "learned"
+
+
 def test_what_only_changes_speed_and_memory_finds_the_published_result(undisturbed: Undisturbed) -> None:
     for stage in OPTIONS:
         again = run(stage, UNDISTURBED, undisturbed.inputs[stage], micro_batch_tokens=256, checkpoint_seconds=9, threads=2)
@@ -216,7 +237,6 @@ def test_sft_learns_demonstrations_from_s3_and_a_changed_file_is_other_work(undi
         ("train_sft", {"base_model": "gguf:no_such_package"}, "is not installed"),
         ("train_sft", {"base_model": "./nowhere"}, "has no config.json"),
         ("train_sft", {"demonstrations": "{folder}/bad.jsonl"}, "bad.jsonl, line 2: not a demonstration"),
-        ("train_reward_model", {"precision": "bfloat16"}, "set lora_rank, or float32"),
         ("train_reward_model", {"max_tokens": 12}, "no held-out ranking"),
         ("train_reward_model", {"policy_uri": "s3://rankloop/nowhere"}, "s3://rankloop/nowhere/rankloop.json does not exist"),
         ("ppo_finetune", {"batch_prompts": 500}, "one update takes 500"),

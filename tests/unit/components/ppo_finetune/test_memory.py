@@ -34,6 +34,22 @@ def test_the_shares_of_weights_are_those_of_the_loaded_roles(folders: dict[str, 
     assert f"{sum(found.values()) / 2**30:7.3f} GiB" in table(shares).splitlines()[-1]
 
 
+def test_all_weights_in_bfloat16_have_float32_copies(folders: dict[str, Any], config: Config) -> None:
+    if config.lora_rank:
+        pytest.skip("adapters are float32 anyway")
+    scorers = [folders["reward"], folders["judge"]]
+    shares = plan(config.model_copy(update={"precision": "bfloat16"}), folders["sft"], scorers, [5, 20])
+    found = {(each.role, each.what): each.bytes for each in shares}
+    roles = load_roles(*(folders[name] for name in ("sft", "reward", "judge")), precision="bfloat16", seed=0, **folders["adapter"])
+    for name, role in (("policy", roles.policy), ("value", roles.value)):
+        numbers = sum(parameter.numel() for parameter in role.trainable)
+        assert found[name, "weights"] == pytest.approx(2 * numbers, rel=0.05)
+        assert found[name, "float32 copy"] == pytest.approx(4 * numbers, rel=0.05)
+        assert found[name, "AdamW's moments"] == pytest.approx(8 * numbers, rel=0.05)
+    assert found["policy", "copy of the best so far"] == found["policy", "weights"]
+    assert found["judge", "weights"] == found["reward", "weights"] == found["value", "weights"]
+
+
 def test_what_a_forward_pass_keeps_is_counted_without_weights(folders: dict[str, Any], config: Config) -> None:
     """The same as what autograd saves when the real model runs, but for the mask."""
     model, _ = load_policy(folders["sft"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from components.ppo_finetune.stage import Config
 from components.ppo_finetune.watch import check, keep_best, over_optimised
@@ -21,11 +20,6 @@ FINE = {"update": 3, "reward": 0.1, "kl_reference": 2.0, "same_answer_fraction":
 def test_line_16_other_sampling_than_temperature_is_refused(key: str) -> None:
     with pytest.raises(DoNotRetry, match=f"ppo_finetune.{key}: there is no such key"):
         parse_settings(Config, {key: 0.9}, "ppo_finetune")
-
-
-def test_bfloat16_without_an_adapter_is_refused() -> None:
-    with pytest.raises(ValidationError, match="set lora_rank"):
-        Config(precision="bfloat16")
 
 
 def test_line_36_each_failure_says_which_it_was() -> None:

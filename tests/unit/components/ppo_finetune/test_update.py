@@ -12,7 +12,7 @@ from components.ppo_finetune.roles import POLICY, Roles, load_roles
 from components.ppo_finetune.stage import Config, Progress
 from components.ppo_finetune.update import Experience, look_at, optimise, roll_out, statistics
 from components.rlhf.adapters import save_policy
-from components.rlhf.models import load_scorer
+from components.rlhf.models import Precision, load_scorer
 from components.rlhf.optimisation import weights_of
 from components.rlhf.reward import Centring, score
 from components.rlhf.tokens import encode_prompt
@@ -20,9 +20,9 @@ from components.rlhf.tokens import encode_prompt
 PROMPTS = ["the cat", "a dog ran", "restart the router", "no", "thank you", "the red house"]
 
 
-def _roles(folders: dict[str, Any], **changes: Any) -> Roles:
+def _roles(folders: dict[str, Any], precision: Precision = "float32", **changes: Any) -> Roles:
     adapter = {**folders["adapter"], **(changes if folders["lora"] else {})}
-    return load_roles(folders["sft"], folders["reward"], folders["judge"], precision="float32", seed=0, **adapter)
+    return load_roles(folders["sft"], folders["reward"], folders["judge"], precision=precision, seed=0, **adapter)
 
 
 def _config(**changes: Any) -> Config:
@@ -212,10 +212,32 @@ def test_the_saved_policy_is_the_trained_one_in_plain_transformers(folders: dict
     torch.testing.assert_close(plain(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_policy_learns_what_is_rewarded(folders: dict[str, Any]) -> None:
+def test_in_bfloat16_every_role_stays_near_float32_and_is_stepped_in_float32(folders: dict[str, Any]) -> None:
+    config, roles, near = _config(cut_completions="scored"), _roles(folders), _roles(folders, "bfloat16")
+    completions = roll_out(config, roles, _prompts(roles), torch.Generator().manual_seed(0))
+    one, other = look_at(config, roles, completions), look_at(config, near, completions)
+    for name in ("logprobs_old_BT", "logprobs_reference_BT", "values_old_BT", "scores_B", "judge_B"):
+        exact, rounded = getattr(one, name), getattr(other, name)
+        assert rounded.dtype == torch.float32, name
+        assert (exact - rounded).abs().mean() < 0.05 * exact.abs().mean(), name
+        assert not torch.equal(exact, rounded), name
+    progress = Progress(_config(learning_rate=1e-5, warmup_fraction=0), near)
+    before = [weight.detach().clone() for weight in near.policy.trainable]
+    for _ in range(3):
+        optimise(config, near, progress.optimisers, other, 0.1, torch.Generator(), critic_only=False)
+    copies = progress.optimisers.policy.state()["copies"]
+    assert len(copies) == (0 if folders["lora"] else len(before)), "adapters are float32 already"
+    for copy, old, new in zip(copies, before, near.policy.trainable, strict=False):
+        assert 1e-6 < (copy - old).abs().max() < 1e-3, "too small a step for bfloat16"
+        assert torch.equal(copy.bfloat16(), new)
+        assert new.grad is None
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_policy_learns_what_is_rewarded(folders: dict[str, Any], precision: Precision) -> None:
     """Rewarded for first tokens whose output embedding points one way, and for nothing else, it comes to give those."""
     config = _config(updates=40, max_new_tokens=1, learning_rate=2e-2, value_learning_rate=2e-2)
-    roles = _roles(folders, lora_rank=8)
+    roles = _roles(folders, precision, lora_rank=8)
     good_V = roles.model.get_output_embeddings().weight.detach()[:, 0] > 0
     progress = Progress(config, roles)
     sampling = torch.Generator().manual_seed(0)

@@ -43,18 +43,20 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         checkpoint.load(str(tmp_path / "x.safetensors"))
 
 
-def test_mistake_restart_an_optimiser_continues_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mistake_restart_an_optimiser_continues_where_it_stopped(tmp_path: Path, dtype: torch.dtype) -> None:
     """Ten steps at once, and four, a checkpoint, a new process' objects, six: bit-equal weights."""
 
     def steps(weights: list[torch.nn.Parameter], optimiser: Optimiser, first: int, last: int) -> None:
         for step in range(first, last):
             for number, weight in enumerate(weights):
-                weight.grad = torch.full_like(weight, 0.1 * step - 0.3 * number) * weight.detach()
+                ((0.1 * step - 0.3 * number) / 2 * weight**2).sum().backward()
             optimiser.step()
 
     def fresh() -> tuple[list[torch.nn.Parameter], Optimiser]:
-        weights = [torch.nn.Parameter(torch.arange(6.0).view(2, 3) - 2), torch.nn.Parameter(torch.ones(3))]
-        return weights, Optimiser(weights, learning_rate=0.1, steps=10, weight_decay=0.1)
+        start = (torch.arange(6.0).view(2, 3) - 2, torch.ones(3))
+        weights = [torch.nn.Parameter(values.to(dtype)) for values in start]
+        return weights, Optimiser(weights, learning_rate=0.01, steps=10, weight_decay=0.1)
 
     whole, optimiser = fresh()
     steps(whole, optimiser, 0, 10)
@@ -70,6 +72,33 @@ def test_mistake_restart_an_optimiser_continues_where_it_stopped(tmp_path: Path)
     optimiser.load(saved["optimiser"])
     steps(resumed, optimiser, 4, 10)
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_weights_in_bfloat16_go_where_float32_goes_rounded() -> None:
+    """Below 1 bfloat16 has steps of 1/256: in itself it would lose every step of 0.001, and stay at 1."""
+    weights = [torch.nn.Parameter(torch.ones(2, 2, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    optimisers = [Optimiser([each], learning_rate=1e-3, steps=20, warmup_fraction=0) for each in weights]
+    for _ in range(10):
+        for weight, optimiser in zip(weights, optimisers, strict=True):
+            (weight * torch.tensor([[0.5, 1.0], [-1.0, 2.0]], dtype=weight.dtype)).sum().backward()
+            optimiser.step()
+    float32, bfloat16 = weights
+    assert bfloat16.dtype == torch.bfloat16
+    assert float32[0, 0].item() == pytest.approx(1 - 0.001 * (10 - 36 / 19), abs=1e-5)  # the rate falls by 1/19 from step 2 on
+    assert torch.equal(bfloat16, float32.bfloat16())
+    assert bfloat16[0, 0] < 1 < bfloat16[1, 0]
+
+
+def test_gradients_in_bfloat16_are_added_up_in_float32() -> None:
+    """In bfloat16 256 + 1 is 256: of five hundred micro-batches' gradients of 1 half would be lost."""
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimiser = Optimiser([weight], learning_rate=1e-3, steps=2)
+    for _ in range(500):
+        weight.sum().backward()
+    optimiser.discard()
+    for _ in range(500):
+        weight.sum().backward()
+    assert optimiser.step() == 500.0
 
 
 def test_line_29_epsilon_is_one_in_a_hundred_thousand() -> None:

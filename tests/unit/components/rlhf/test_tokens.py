@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.rlhf.tokens import (
@@ -15,6 +16,7 @@ from components.rlhf.tokens import (
     left_pad,
     length_batches,
     right_pad,
+    tight_batches,
 )
 
 
@@ -67,6 +69,31 @@ def test_line_02_left_padding_for_generation() -> None:
     ids, attention = left_pad([[5, 6], [7]], pad_id=0)
     assert ids.tolist() == [[5, 6], [0, 7]]
     assert attention.tolist() == [[1, 1], [0, 1]]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
+def test_tight_batches_hold_everything_once_at_the_least_cost(lengths: list[int], budget: int) -> None:
+    def cost(groups: list[list[int]]) -> int:
+        return sum(budget + len(group) * max(lengths[i] for i in group) for group in groups)
+
+    found = tight_batches(lengths, budget)
+    assert sorted(i for group in found for i in group) == list(range(len(lengths)))
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for cuts in itertools.product([False, True], repeat=max(0, min(len(lengths), 9) - 1)):
+        groups: list[list[int]] = []
+        for place, index in enumerate(order):
+            if place == 0 or (place - 1 < len(cuts) and cuts[place - 1]):
+                groups.append([])
+            groups[-1].append(index)
+        assert cost(found) <= cost(groups)
+
+
+def test_tight_batches_by_hand() -> None:
+    """Apart the rows of 10 and of 100 cost 2 x (5 + 10) + ..., together 5 + 3 x 100: the first two go together, the third alone."""
+    assert tight_batches([10, 100, 12], 5) == [[0, 2], [1]]
+    assert tight_batches([10, 100, 12], 500) == [[0, 2, 1]]
+    assert tight_batches([], 5) == []
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
