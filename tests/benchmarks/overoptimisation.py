@@ -165,7 +165,9 @@ def table(curves: dict[tuple[str, int], list[Row]], seeds: list[int], names: lis
 def picture(curves: dict[tuple[str, int], list[Row]], seeds: list[int], names: list[str], path: Path) -> None:
     """A panel for each variant: the means over seeds of truth, reward and judge, update by update, at their mean root of KL."""
     figure = Figure(figsize=(4 * min(3, len(names)), 3 * -(-len(names) // 3)), layout="constrained")
-    axes = figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False, sharex=True).flat
+    axes = list(figure.subplots(-(-len(names) // 3), min(3, len(names)), squeeze=False, sharex=True).flat)
+    for unused in axes[len(names) :]:
+        unused.remove()
     for name, axis in zip(names, axes, strict=False):
         means = [
             {key: statistics.fmean(row[key] for row in each) for key in ("kl_reference", "truth", "reward", "judge_reward")}
