@@ -22,7 +22,7 @@ class Optimiser:
     and so are added up over micro-batches in float32.
 
     Args:
-        parameters: what it may change.
+        parameters: what it may change; those in bfloat16 belong to no other optimiser, for their gradients go to this one.
         learning_rate: the peak, reached after the warm-up; falls linearly towards 0 after the last step.
         steps: how many there will be.
         warmup_fraction: share of the steps in which the rate rises.

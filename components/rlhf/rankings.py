@@ -128,9 +128,8 @@ def over_rows(group: Sequence[EncodedRanking], look: Callable[[list[list[int]], 
     prompts = [prompt for each in group for prompt in each.prompts]
     completions = [completion for each in group for completion in each.completions]
     parts = tight_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
-    found = torch.cat([look([prompts[i] for i in part], [completions[i] for i in part]) for part in parts])
-    place = {row: number for number, row in enumerate(row for part in parts for row in part)}
-    return found[[place[row] for row in range(len(prompts))]]
+    found_N = torch.cat([look([prompts[i] for i in part], [completions[i] for i in part]) for part in parts])
+    return found_N[torch.tensor([row for part in parts for row in part]).argsort()]
 
 
 def pack(rankings: Sequence[EncodedRanking], max_tokens: int) -> list[list[EncodedRanking]]:

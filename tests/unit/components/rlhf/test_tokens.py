@@ -90,7 +90,7 @@ def test_tight_batches_hold_everything_once_at_the_least_cost(lengths: list[int]
 
 
 def test_tight_batches_by_hand() -> None:
-    """Apart the rows of 10 and of 100 cost 2 x (5 + 10) + ..., together 5 + 3 x 100: the first two go together, the third alone."""
+    """At 5 a pass the two short rows and the long one cost (5 + 24) + (5 + 100) = 134, all apart 137, all together 305."""
     assert tight_batches([10, 100, 12], 5) == [[0, 2], [1]]
     assert tight_batches([10, 100, 12], 500) == [[0, 2, 1]]
     assert tight_batches([], 5) == []
