@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from components.ingest_rankings.rows import TABLE_ROWS, Row, read_rows, table_rows
+from components.ingest_rankings.rows import DELIMITERS, PACKED, TABLE_ROWS, Row, read_rows, table_rows
 from components.services.exits import DoNotRetry, Retry
 from components.services.storage import MARKER, Storage, StoredObject
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+_PACKABLE = (".jsonl", ".ndjson", ".json", *DELIMITERS)
+SUFFIXES = (*_PACKABLE, *(suffix + packed for suffix in _PACKABLE for packed in PACKED), ".parquet", ".arrow", ".feather")
 SAVED_DATASET = "dataset_info.json"  # what marks a folder of `Dataset.save_to_disk`
 SAVED_DATASETS = "dataset_dict.json"  # and one of `DatasetDict.save_to_disk`
 _ABOUT_DATA = {MARKER, SAVED_DATASET, SAVED_DATASETS, "dataset_infos.json", "state.json"}
@@ -191,7 +192,8 @@ def _saved_files(folder: Path) -> list[SourceFile]:
 
 def _saved_rows(dataset: Any) -> Iterator[Row]:
     tables = dataset.with_format("arrow").iter(batch_size=TABLE_ROWS)
-    return table_rows(batch for table in tables for batch in table.combine_chunks().to_batches())
+    batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+    return table_rows(batches, as_stored=True)
 
 
 def _hub_name(uri: str) -> _HubName:

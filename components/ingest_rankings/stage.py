@@ -1,7 +1,8 @@
 """Ingests human rankings: reads them from where they are, checks each, and writes one immutable, content-addressed snapshot.
 
-In: a local file or folder, an S3 object or prefix, a dataset of the Hugging Face hub or a folder saved by `datasets`; JSON lines
-(plain or gzip) or Parquet, told apart by content; rankloop's own record, K-way rows with ranks or scores, or pairs.
+In: a local file or folder, an S3 object or prefix, a dataset of the Hugging Face hub or a folder saved by `datasets`; JSON lines or
+arrays, CSV, Parquet or Arrow, plain or packed; rankloop's own record, K-way rows with ranks or scores, pairs, the exports of
+labelling tools (`exports/`), or any rows with a column map.
 
 Out: `<root>/rankings/<sha256>/` with Parquet files in `records.SCHEMA`, sorted by record digest, and `rankloop.json`. The same
 rankings in another order or in other files give the same digest, and a snapshot that is there already is not written again.
@@ -24,14 +25,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from components.ingest_rankings.formats import parse
+from components.ingest_rankings.exports.columns import column_map
+from components.ingest_rankings.exports.export import Export
+from components.ingest_rankings.formats import FORMS, Parsed, parse
+from components.ingest_rankings.groups import Grouping
 from components.ingest_rankings.quarantine import Quarantine
-from components.ingest_rankings.rows import Rejected, Row, shown
+from components.ingest_rankings.rows import DECLINED, Rejected, Row, shown
 from components.ingest_rankings.snapshot import SnapshotWriter
 from components.ingest_rankings.sources import Source, SourceFile, find_source
 from components.services.exits import DoNotRetry
@@ -46,8 +52,12 @@ _log = logging.getLogger(__name__)
 class Config(Settings):
     """How rankings are read."""
 
-    format: Literal["auto", "rankloop", "kway", "hh", "pairs"] = "auto"
-    """Form of the rows; auto recognises each row by its own fields."""
+    format: str = "auto"
+    """Form of the rows: rankloop, kway, hh, pairs or an export's; auto recognises each row by its own fields."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column map: for each field of a ranking a JMESPath expression over the row. Read by it, a row may have any form."""
+    group: str = ""
+    """JMESPath expression; rows of the source for which it has the same value become one, `{"rows": […]}`. Empty: each is alone."""
     source: str = Field("unspecified", min_length=1)
     """Source of a ranking whose row names none, such as the labelling project."""
     test_fraction: float = Field(0.1, ge=0.0, lt=1.0)
@@ -56,6 +66,26 @@ class Config(Settings):
     """Bytes of a JSON line; a longer one is quarantined."""
     max_quarantined: int = Field(10_000, ge=0)
     """Rows kept in quarantine.jsonl; further ones are counted with their reasons but not kept."""
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in FORMS:
+            raise ValueError(f"no form {name!r}; there are {', '.join(FORMS)}")
+        return name
+
+    @field_validator("columns")
+    @classmethod
+    def _expressions(cls, columns: dict[str, str]) -> dict[str, str]:
+        column_map(columns)
+        return columns
+
+    @field_validator("group")
+    @classmethod
+    def _expression(cls, group: str) -> str:
+        if group:
+            Grouping(group, Path())
+        return group
 
 
 class Inputs(Settings):
@@ -99,7 +129,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     with Quarantine(quarantine_path, config.max_quarantined) as quarantine, SnapshotWriter(context.scratch / "sort") as writer:
         # 2. read
         rows = context.progress.track(_all_rows(source), None, "rows read")
-        files = sort_out(source, rows, config, writer, quarantine, ignored)
+        files = sort_out(source, rows, config, writer, quarantine, ignored, context.scratch / "groups")
         # 3. sort
         records = context.progress.track(writer.sorted_records(), None, "rankings written")
         snapshot = writer.write(records, context.scratch / "snapshot")
@@ -125,6 +155,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     report = context.marker(
         "ingest",
         **counts,
+        declined=quarantine.reasons[DECLINED],
         quarantine_kept=quarantine.kept,
         reasons=dict(quarantine.reasons.most_common()),
         files=[{"uri": f.uri, "rows": f.rows, "format": "+".join(sorted(f.formats)), "formats": f.formats} for f in files],
@@ -152,29 +183,52 @@ def sort_out(
     writer: SnapshotWriter,
     quarantine: Quarantine,
     ignored: Counter[str],
+    groups: Path,
 ) -> list[FileReport]:
-    """Gives each row to `writer` or to `quarantine` and returns the files' counts; `ignored` counts the fields that no form has."""
+    """Gives each ranking to `writer`, what is none to `quarantine`, and returns the files' counts.
+
+    A row of an export that holds the judgements of several raters counts as so many, and so does a group of rows. `ignored` counts
+    the fields that no form has. `groups` is a folder for rows that wait for others.
+    """
+    columns = column_map(config.columns) if config.columns else None
     read: Counter[str] = Counter()
     forms: dict[str, Counter[str]] = {file.uri: Counter() for file in source.files}
-    for file, row in rows:
-        read[file.uri] += 1
-        try:
-            if row.problem is not None:
-                raise row.problem
-            if not isinstance(row.value, dict):
-                raise Rejected("not an object", shown(row.value))
-            parsed = parse(row.value, config.format, config.source, config.test_fraction)
-        except Rejected as problem:
-            quarantine.add(file.uri, row.number, problem, row.raw)
-        else:
+
+    def sort_one(file: str, row: Row) -> None:
+        for parsed in _rankings(row, config, columns):
+            read[file] += 1
+            if isinstance(parsed, Rejected):
+                quarantine.add(file, row.number, parsed, row.raw)
+                continue
             writer.add(parsed.ranking)
-            forms[file.uri][parsed.form] += 1
+            forms[file][parsed.form] += 1
             for name in parsed.ignored:
                 if name in ignored or len(ignored) < NAMES_KEPT:
                     ignored[name] += 1
+
+    with Grouping(config.group, groups) if config.group else nullcontext() as grouping:
+        for file, row in rows:
+            if grouping is None or row.problem is not None or not isinstance(row.value, dict):
+                sort_one(file.uri, row)
+                continue
+            try:
+                grouping.add(file.uri, row.number, row.value)
+            except Rejected as problem:
+                read[file.uri] += 1
+                quarantine.add(file.uri, row.number, problem, row.raw)
+        for group in grouping.groups() if grouping is not None else ():
+            sort_one(group.file, group.row)
     for name, count in ignored.most_common(10):
         _log.warning("field %s of %d rows is not part of a ranking and is left out", name, count)
     return [FileReport(file.uri, read[file.uri], dict(forms[file.uri])) for file in source.files]
+
+
+def _rankings(row: Row, config: Config, columns: Export | None) -> Iterable[Parsed | Rejected]:
+    if row.problem is not None:
+        return [row.problem]
+    if not isinstance(row.value, dict):
+        return [Rejected("not an object", shown(row.value))]
+    return parse(row.value, config.format, config.source, config.test_fraction, columns)
 
 
 def check_counts(read: int, accepted: int, duplicates: int, quarantined: int) -> None:

@@ -190,14 +190,14 @@ def test_nothing_is_written_when_a_file_is_cut_off(root: str, tmp_path: Path) ->
     storage = Storage()
     storage.put_bytes(f"{root}/source/a.jsonl", lines(ROWS))
     storage.put_bytes(f"{root}/source/b.jsonl.gz", gzip.compress(lines(ROWS))[:-20])
-    with pytest.raises(DoNotRetry, match=r"b\.jsonl\.gz: the gzip stream breaks after line \d+"):
+    with pytest.raises(DoNotRetry, match=r"b\.jsonl\.gz: its compressed data breaks after row \d+"):
         ingest(f"{root}/source", tmp_path)
     assert written(root) == []
 
 
 def test_nothing_is_written_when_no_row_is_a_ranking(root: str, tmp_path: Path) -> None:
     Storage().put_bytes(f"{root}/source/a.json", b'[{"prompt": "x"},\n {"prompt": "y"}]')
-    with pytest.raises(DoNotRetry, match=r"no ranking in 2 rows of 1 files\n.*a\.json, row 1: not JSON"):
+    with pytest.raises(DoNotRetry, match=r"no ranking in 2 rows of 1 files\n.*a\.json, row 1: unknown form"):
         ingest(f"{root}/source", tmp_path)
     Storage().put_bytes(f"{root}/empty/a.json", b"\n")
     with pytest.raises(DoNotRetry, match="no ranking in 0 rows of 1 files"):

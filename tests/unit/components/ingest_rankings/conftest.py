@@ -31,7 +31,7 @@ def ingest_source(uri: str, scratch: Path, config: Config) -> Ingested:
     source = find_source(uri, Storage(), scratch, config.max_row_bytes)
     ignored: Counter[str] = Counter()
     with Quarantine(scratch / "q.jsonl", config.max_quarantined) as quarantine, SnapshotWriter(scratch / "sort") as writer:
-        files = sort_out(source, all_rows(source), config, writer, quarantine, ignored)
+        files = sort_out(source, all_rows(source), config, writer, quarantine, ignored, scratch / "groups")
         snapshot = writer.write(writer.sorted_records(), scratch / "snapshot")
     return Ingested(
         snapshot,
