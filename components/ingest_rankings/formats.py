@@ -282,16 +282,17 @@ def _ranked(row: dict[str, Any], form: str) -> tuple[list[str], list[int], Any]:
         ranks = columns["rank"] if any(item is not None for item in columns["rank"]) else ranks
         scores = columns["score"] if any(item is not None for item in columns["score"]) else scores
         policies = columns["policy"] if any(item is not None for item in columns["policy"]) else policies
-    if ranks is None and scores is None:
-        raise Rejected("no ranks" if form == "rankloop" else "neither ranks nor scores", f"{len(completions)} completions")
-    if ranks is not None:
-        ranks = _whole_numbers(ranks)
-    if scores is not None:
-        by_score = _ranks_of_scores(scores)
-        if ranks is not None and _dense(ranks) != _dense(by_score):
-            raise Rejected("ranks and scores disagree", f"{shown(ranks)} and {shown(scores)}")
-        return completions, by_score if ranks is None else ranks, policies
-    return completions, _whole_numbers(ranks), policies
+    numbers = None if ranks is None else _whole_numbers(ranks)
+    if scores is None:
+        if numbers is None:
+            raise Rejected("no ranks" if form == "rankloop" else "neither ranks nor scores", f"{len(completions)} completions")
+        return completions, numbers, policies
+    by_score = _ranks_of_scores(scores)
+    if numbers is None:
+        return completions, by_score, policies
+    if _dense(numbers) != _dense(by_score):
+        raise Rejected("ranks and scores disagree", f"{shown(numbers)} and {shown(scores)}")
+    return completions, numbers, policies
 
 
 def _whole_numbers(ranks: Any) -> list[int]:
