@@ -143,15 +143,25 @@ class Storage:
         return json.loads(self.get_bytes(uri))
 
     @contextmanager
-    def open_read(self, uri: str) -> Iterator[BinaryIO]:
-        """The object's body as a stream; nothing is held in memory or on disk."""
+    def open_read(self, uri: str, etag: str = "") -> Iterator[BinaryIO]:
+        """The object's body as a stream; nothing is held in memory or on disk.
+
+        Raises:
+            Retry: the object has another etag than the one given.
+        """
         bucket, key = split_uri(uri)
         with self._errors(uri, streaming=True):
-            body = self._client.get_object(Bucket=bucket, Key=key)["Body"]
             try:
-                yield cast(BinaryIO, body)
+                client = self._client
+                got = client.get_object(Bucket=bucket, Key=key, IfMatch=etag) if etag else client.get_object(Bucket=bucket, Key=key)
+            except ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
+                    raise Retry(f"{uri} changed since it was listed", "run again") from error
+                raise
+            try:
+                yield cast(BinaryIO, got["Body"])
             finally:
-                body.close()
+                got["Body"].close()
 
     def put_bytes(self, uri: str, data: bytes) -> None:
         bucket, key = split_uri(uri)

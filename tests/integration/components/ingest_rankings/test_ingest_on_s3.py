@@ -86,10 +86,10 @@ def test_prefix_of_several_objects_and_forms(root: str, tmp_path: Path) -> None:
     assert report["reasons"] == {"not JSON": 1}
     assert report["skipped"] == [f"{source}/LICENSE"]
     assert report["snapshot_uri"] == outputs.snapshot_uri
-    assert [(each["uri"], each["rows"], each["format"]) for each in report["files"]] == [
-        (f"{source}/a.jsonl", 21, "kway"),
-        (f"{source}/c.parquet", 20, "kway"),
-        (f"{source}/deep/er/b.jsonl.gz", 30, "kway"),
+    assert [(each["uri"], each["rows"], each["formats"]) for each in report["files"]] == [
+        (f"{source}/a.jsonl", 21, {"kway": 20}),
+        (f"{source}/c.parquet", 20, {"kway": 20}),
+        (f"{source}/deep/er/b.jsonl.gz", 30, {"kway": 30}),
     ]
     (entry,) = [json.loads(line) for line in (tmp_path / "report" / "quarantine.jsonl").read_bytes().splitlines()]
     assert (entry["file"], entry["row"], entry["reason"]) == (f"{source}/a.jsonl", 21, "not JSON")
