@@ -50,11 +50,13 @@ COLUMNS = "columns"  # the form of a row that a column map reads
 
 
 class Parsed(NamedTuple):
-    """A row, or one of the rankings in it, as a ranking; the form it had, and its fields that this form does not know."""
+    """A row, or one of the rankings in it, as a ranking; the form it had, its fields that this form does not know, and whether the
+    split is the row's own."""
 
     ranking: Ranking
     form: str
     ignored: list[str]
+    split_given: bool
 
 
 def parse(
@@ -131,7 +133,14 @@ def _checked(row: dict[str, Any], form: str, source: str, test_fraction: float) 
     digest = hashlib.sha256(canonical(content)).hexdigest()
     ranking_id = optional_text(row, "ranking_id") or digest
     ranking = Ranking(ranking_id=ranking_id, split=_split(row.get("split"), prompt, test_fraction), **content)
-    return Parsed(ranking, form, _ignored(row, FIELDS[form]) + (_ignored_of_completions(row) if form == "kway" else []))
+    ignored = _ignored(row, FIELDS[form]) + (_ignored_of_completions(row) if form == "kway" else [])
+    return Parsed(ranking, form, ignored, row.get("split") is not None)
+
+
+def content_digest(ranking: Ranking) -> str:
+    """What `ranking_id` is where the row names none: the SHA-256 of all but the id itself and the split."""
+    content = {name: value for name, value in ranking._asdict().items() if name not in ("ranking_id", "split")}
+    return hashlib.sha256(canonical(content)).hexdigest()
 
 
 def _ignored(row: dict[str, Any], known: frozenset[str]) -> list[str]:
@@ -183,11 +192,16 @@ def opening(prompt: Sequence[Message]) -> str:
 
 def _split(value: Any, prompt: list[Message], test_fraction: float) -> Split:
     if value is None:
-        number = int.from_bytes(hashlib.sha256(opening(prompt).encode()).digest()[:8], "big")
-        return "test" if number < test_fraction * 2**64 else "train"
+        return split_of(opening(prompt), test_fraction)
     if value not in ("train", "test"):
         raise Rejected("split is neither train nor test", shown(value))
     return "train" if value == "train" else "test"
+
+
+def split_of(said: str, test_fraction: float) -> Split:
+    """The side of a conversation that the user opens with this text, by its hash."""
+    number = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "big")
+    return "test" if number < test_fraction * 2**64 else "train"
 
 
 # -- prompts and conversations -------------------------------------------------------------------------------------------

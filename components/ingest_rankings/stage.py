@@ -36,6 +36,8 @@ from components.ingest_rankings.exports.columns import column_map
 from components.ingest_rankings.exports.export import Export
 from components.ingest_rankings.formats import FORMS, Parsed, parse
 from components.ingest_rankings.groups import Grouping
+from components.ingest_rankings.personal_data.find import check_region
+from components.ingest_rankings.personal_data.policy import PersonalData, Policy
 from components.ingest_rankings.quarantine import Quarantine
 from components.ingest_rankings.rows import DECLINED, Rejected, Row, shown
 from components.ingest_rankings.snapshot import SnapshotWriter
@@ -64,6 +66,10 @@ class Config(Settings):
     """Source of a ranking whose row names none, such as the labelling project."""
     test_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the prompts held out; rankings whose conversations open alike fall on one side. A row's own split wins."""
+    personal_data: Policy = "report"
+    """What to do with e-mail addresses, phone, card and account numbers and keys in texts: report, mask, quarantine or off."""
+    phone_region: str = ""
+    """Country (ISO 3166, two letters) whose phone numbers are found as written there. Empty: only those with + and code."""
     known_files: Literal["skip", "verify", "reread"] = "skip"
     """Files of an S3 prefix that an earlier ingest read: skip by ETag and size; verify their SHA-256, too; reread as if new."""
     changed_files: Literal["fail", "reread"] = "fail"
@@ -92,6 +98,12 @@ class Config(Settings):
         if group:
             Grouping(group, Path())
         return group
+
+    @field_validator("phone_region")
+    @classmethod
+    def _region(cls, region: str) -> str:
+        check_region(region)
+        return region
 
 
 class Inputs(Settings):
@@ -141,10 +153,14 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     quarantine_path = context.scratch / "report" / "quarantine.jsonl"
     quarantine_path.parent.mkdir()
     ignored: Counter[str] = Counter()
-    with Quarantine(quarantine_path, config.max_quarantined) as quarantine, SnapshotWriter(context.scratch / "sort") as writer:
+    personal = PersonalData(config.personal_data, config.phone_region, config.test_fraction)
+    with (
+        Quarantine(quarantine_path, config.max_quarantined, personal) as quarantine,
+        SnapshotWriter(context.scratch / "sort") as writer,
+    ):
         # 2. read
         rows = context.progress.track(_all_rows(new), None, "rows read")
-        files = sort_out(new, rows, config, writer, quarantine, ignored, context.scratch / "groups")
+        files = sort_out(new, rows, config, writer, quarantine, personal, ignored, context.scratch / "groups")
         if before:
             context.storage.fetch_folder(before.snapshot_uri, context.scratch / "parent")
             for ranking in iterate_snapshot(context.scratch / "parent"):
@@ -185,6 +201,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         skipped=source.skipped[:NAMES_KEPT],
         skipped_files=len(source.skipped),
         ignored_fields=dict(ignored.most_common()),
+        personal_data=personal.report(),
         snapshot_uri=snapshot_uri,
         parents={"snapshot": before.snapshot_uri, "ingest": before.ingest_uri} if before else {},
     )
@@ -241,6 +258,7 @@ def sort_out(
     config: Config,
     writer: SnapshotWriter,
     quarantine: Quarantine,
+    personal: PersonalData,
     ignored: Counter[str],
     groups: Path,
 ) -> list[FileReport]:
@@ -256,6 +274,7 @@ def sort_out(
     def sort_one(file: str, row: Row) -> None:
         for parsed in _rankings(row, config, columns):
             read[file] += 1
+            parsed = personal.applied(file, row.number, parsed)
             if isinstance(parsed, Rejected):
                 quarantine.add(file, row.number, parsed, row.raw)
                 continue
