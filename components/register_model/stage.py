@@ -7,19 +7,23 @@ Alone:    python -m components.register_model --candidate-uri s3://… --reward-
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from components.register_model.promotion import CHALLENGER, CHAMPION, champion_of, promote
-from components.register_model.versions import create_version, find_version, lineage_tags
+from components.register_model.aliases import CHALLENGER, CHAMPION
+from components.register_model.audit import acting
+from components.register_model.promotion import ROLLED_BACK_TAG, Registry
+from components.register_model.versions import Task, create_version, find_version, lineage_tags, log_model
 from components.rlhf.gate import decide
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
 from components.services.storage import MARKER, join
-from components.services.tracking import client, mlflow_errors
+from components.services.tracking import client
 
 _log = logging.getLogger(__name__)
 
@@ -49,10 +53,20 @@ class Outputs(NamedTuple):
     alias: str
 
 
+class Model(NamedTuple):
+    """A model to register: name in the registry, its task, and the tag that holds its folder's URI on S3."""
+
+    name: str
+    task: Task
+    tag: str
+    uri: str
+
+
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     """1. read the evaluation and decide again; 2. register, unless it was before; 3. promote, or leave as challenger."""
     # 1. The gate, decided from its numbers and not from anybody's word.
-    evaluation = context.storage.get_json(join(inputs.evaluation_uri, "evaluation.json"))
+    report = context.storage.get_bytes(join(inputs.evaluation_uri, "evaluation.json"))
+    evaluation = json.loads(report)
     for key in ("candidate_uri", "reward_model_uri"):
         if evaluation.get(key) != getattr(inputs, key):
             raise DoNotRetry(
@@ -63,45 +77,53 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     gate = final_gate(inputs.gate, evaluation, decided)
 
     # 2. Versions. A retry after a crash finds what was registered and goes on from there.
-    registry = client()
+    mlflow = client()
     if not context.tracker.run_id:
         raise DoNotRetry("there is no MLflow run to register under", "set MLFLOW_TRACKING_URI")
+    registry = Registry(
+        mlflow,
+        context.storage,
+        context.uri("registry", config.policy_name),
+        config.policy_name,
+        config.lock_seconds,
+        acting("register_model", context.tracker.run_id),
+    )
     candidate = context.storage.get_json(join(inputs.candidate_uri, MARKER))
     tags = lineage_tags(candidate, evaluation | {"gate": gate}, rows) | {"evaluation_uri": inputs.evaluation_uri}
     text = f"{candidate['stage']} on {evaluation['snapshot_uri']}. " + " ".join(row["sentence"] for row in rows)
-    reward_tags = {"reward_model_uri": inputs.reward_model_uri, "snapshot_uri": evaluation["snapshot_uri"]}
-    reward_version = _version(
-        context, config.reward_model_name, "text-classification", "reward_model_uri", inputs.reward_model_uri, reward_tags, ""
-    )
-    tags["reward_model_version"] = reward_version
-    version = _version(context, config.policy_name, "text-generation", "policy_uri", inputs.candidate_uri, tags, text)
-    champion = champion_of(registry, config.policy_name)
+    reward = Model(config.reward_model_name, "text-classification", "reward_model_uri", inputs.reward_model_uri)
+    policy = Model(config.policy_name, "text-generation", "policy_uri", inputs.candidate_uri)
+    reward_tags = {"snapshot_uri": evaluation["snapshot_uri"]}
+    companion = (config.reward_model_name, _version(context, registry, reward, reward_tags, ""))
+    tags |= {"reward_model_name": companion[0], "reward_model_version": companion[1]}
+    version = _version(context, registry, policy, tags, text)
 
     # 3. Aliases.
-    if version == champion:
+    evidence = {
+        "evaluation": inputs.evaluation_uri,
+        "evaluation_digest": hashlib.sha256(report).hexdigest(),
+        "gate": gate,
+        "policy": inputs.candidate_uri,
+        "reward_model": inputs.reward_model_uri,
+    }
+    if registry.settle()[config.policy_name].get(CHAMPION) == version:
         alias = "unchanged"
     else:
-        with mlflow_errors():
-            registry.set_registered_model_alias(config.reward_model_name, CHALLENGER, reward_version)
-            registry.set_registered_model_alias(config.policy_name, CHALLENGER, version)
+        registry.nominate(version, companion, evidence)
         alias = CHALLENGER
-        if gate == "pass":
-            promote(
-                registry,
-                context.storage,
-                context.uri("registry", config.policy_name),
-                name=config.policy_name,
-                version=version,
-                compared_with=str(evaluation.get("champion_version", "")),
-                companion=(config.reward_model_name, reward_version),
-                evidence={"evaluation": inputs.evaluation_uri, "policy": inputs.candidate_uri, "run": context.tracker.run_id},
-                lock_seconds=config.lock_seconds,
-            )
+        if gate == "pass" and rolled_back(registry, version):
+            _log.warning("not promoted: version %s was rolled back by a person, who alone may promote it again", version)
+        elif gate == "pass":
+            registry.promote(version, companion, str(evaluation.get("champion_version", "")), evidence)
             alias = CHAMPION
     context.summary.update(
-        version=version, alias=alias, gate=gate, policy_name=config.policy_name, reward_model_version=reward_version
+        version=version, alias=alias, gate=gate, policy_name=config.policy_name, reward_model_version=companion[1]
     )
     return Outputs(version, alias)
+
+
+def rolled_back(registry: Registry, version: str) -> bool:
+    return bool(registry.tags(version).get(ROLLED_BACK_TAG))
 
 
 def final_gate(passed_in: str, evaluation: Mapping[str, Any], decided: str) -> str:
@@ -113,12 +135,22 @@ def final_gate(passed_in: str, evaluation: Mapping[str, Any], decided: str) -> s
     return "fail" if against else "pass"
 
 
-def _version(context: Context, name: str, task: Any, tag: str, uri: str, tags: Mapping[str, str], text: str) -> str:
-    """The version of the model at `uri`, made if there is none yet."""
-    registry = client()
-    if found := find_version(registry, name, tag, uri):
-        _log.info("%s is version %s of %s already", uri, found, name)
+def _version(context: Context, registry: Registry, model: Model, tags: Mapping[str, str], text: str) -> str:
+    """The version of a model, made if there is none yet.
+
+    Logging takes as long as the model is large and is done before the lock; of several processes that do it for the same model,
+    such as a retry beside the attempt that was believed dead, one makes the version and the others find it.
+    """
+    mlflow = client()
+    if found := find_version(mlflow, model.name, model.tag, model.uri):
+        _log.info("%s is version %s of %s already", model.uri, found, model.name)
         return found
-    folder = context.scratch / tag
-    context.storage.fetch_folder(uri, folder)
-    return create_version(registry, context.tracker.run_id, name, task, folder, {tag: uri, **tags}, text)
+    folder = context.scratch / model.tag
+    context.storage.fetch_folder(model.uri, folder)
+    logged = log_model(mlflow, context.tracker.run_id, model.task, model.name, folder)
+    with registry.lock() as lease:
+        found = find_version(mlflow, model.name, model.tag, model.uri)
+        if not found:
+            lease.renew()
+            found = create_version(mlflow, context.tracker.run_id, model.name, logged, {model.tag: model.uri, **tags}, text)
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from components.services.tracking import mlflow_errors
 
@@ -16,8 +16,15 @@ Task = Literal["text-generation", "text-classification"]
 TAG_CHARACTERS = 5000  # MLflow's limit
 
 
+class Logged(NamedTuple):
+    """A model in MLflow's artifact store, not yet a version: its `models:/` URI and its id."""
+
+    uri: str
+    model_id: str
+
+
 def find_version(client: MlflowClient, name: str, tag: str, value: str) -> str:
-    """The version of `name` whose `tag` is `value`, or "". Makes the registered model if it is not there."""
+    """The first version of `name` whose `tag` is `value`, or "". Makes the registered model if it is not there."""
     from mlflow.exceptions import MlflowException
 
     with mlflow_errors():
@@ -28,13 +35,11 @@ def find_version(client: MlflowClient, name: str, tag: str, value: str) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         found = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get(tag) == value]
-    return str(max(found, key=lambda v: int(v.version)).version) if found else ""
+    return str(min(found, key=lambda v: int(v.version)).version) if found else ""
 
 
-def create_version(
-    client: MlflowClient, run_id: str, name: str, task: Task, folder: Path, tags: Mapping[str, str], text: str
-) -> str:
-    """Logs the model of a plain folder under a run and registers it; the version is born with all its tags.
+def log_model(client: MlflowClient, run_id: str, task: Task, name: str, folder: Path) -> Logged:
+    """Logs the model of a plain folder under a run, in the transformers flavour.
 
     Signature and requirements are given, because MLflow would find them out by running the model.
     """
@@ -60,8 +65,14 @@ def create_version(
                 signature=signature,
                 pip_requirements=requirements,
             )
+    return Logged(logged.model_uri, logged.model_id)
+
+
+def create_version(client: MlflowClient, run_id: str, name: str, logged: Logged, tags: Mapping[str, str], text: str) -> str:
+    """Registers a logged model; the version is born with all its tags, so a half-made one is never found."""
+    with mlflow_errors():
         created = client.create_model_version(
-            name, source=logged.model_uri, run_id=run_id, tags=dict(tags), description=text, model_id=logged.model_id
+            name, source=logged.uri, run_id=run_id, tags=dict(tags), description=text, model_id=logged.model_id
         )
     return str(created.version)
 

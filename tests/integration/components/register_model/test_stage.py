@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from components.register_model import stage
-from components.register_model.promotion import champion_of, lock
+from components.register_model.audit import Audit
+from components.register_model.lease import lock
 from components.rlhf.gate import RULES, decide
 from components.rlhf.models import new_scorer, save_model
 from components.rlhf.scratch_model import new_model, train_tokenizer
@@ -132,7 +133,7 @@ def test_champions_follow_each_other_and_the_old_one_is_kept(world: World, name:
     failing = world.evaluation(third, champion="2", gate="fail", kl_reference={"value": 99.0, "low": 98, "high": 100})
     assert register(world, name, third, failing, gate="fail") == ("3", "challenger")
     assert aliases(name) == {"champion": "2", "previous_champion": "1", "challenger": "3"}
-    assert aliases(name + "-reward") == {"champion": "1", "challenger": "1"}, "one reward model, registered once"
+    assert aliases(name + "-reward") == dict.fromkeys(("champion", "previous_champion", "challenger"), "1"), "registered once"
 
     tags = client().get_model_version(name, "2").tags
     assert tags["policy_uri"] == second
@@ -144,8 +145,14 @@ def test_champions_follow_each_other_and_the_old_one_is_kept(world: World, name:
     assert tags["gate.refusal_harmful_drop"] == "-0.1 [-0.2, 0.01], high <= 0.1: pass"
     assert tags["gate.refusal_harmless_rise"] == "?, high <= ?: not required"
     assert client().get_model_version(name, "3").tags["gate"] == "fail"
-    audit = [Storage().get_json(item.uri) for item in Storage().list(f"s3://rankloop/registry/{name}/audit/")]
-    assert [(each["from"], each["to"]) for each in audit] == [("", "1"), ("1", "2")]
+    begun = [each.content for each in Audit(Storage(), f"s3://rankloop/registry/{name}/audit").records()]
+    champions = [
+        (move["from"], move["to"])
+        for each in begun
+        for move in each["moves"]
+        if (move["model"], move["alias"]) == (name, "champion")
+    ]
+    assert champions == [("", "1"), ("1", "2")]
 
 
 @pytest.mark.parametrize(
@@ -279,8 +286,3 @@ def test_a_lease_that_ran_out_is_taken_over_and_its_old_owner_does_not_free_the_
             with pytest.raises(Retry, match=f"is held by {owner}"):
                 late.__enter__()
     assert Storage().get_json(uri)["owner"] == "", "free again"
-
-
-def test_champion_of_a_model_without_one(world: World, name: str) -> None:
-    client().create_registered_model(name)
-    assert champion_of(client(), name) == ""
