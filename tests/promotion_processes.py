@@ -46,8 +46,8 @@ class Pair(NamedTuple):
         found = self.registry().aliases(self)
         return found[self.policy], found[self.reward]
 
-    def promote(self, version: str, over: str | None, lock_seconds: float = 20) -> None:
-        self.registry(lock_seconds).promote(version, (self.reward, version), over, {})
+    def promote(self, version: str, over: str, lock_seconds: float = 20, by_hand: bool = False) -> None:
+        self.registry(lock_seconds).promote(version, (self.reward, version), over, {}, by_hand=by_hand)
 
 
 def new_pair(versions: int = 3) -> Pair:

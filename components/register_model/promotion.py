@@ -81,14 +81,15 @@ class Registry:
     ) -> None:
         self.client = client
         self.policy = policy
+        self.uri = uri
         self.audit = Audit(storage, join(uri, "audit"))
-        self._storage, self._uri, self._seconds, self._by = storage, uri, lock_seconds, dict(by)
+        self.storage, self._seconds, self._by = storage, lock_seconds, dict(by)
         self._session = uuid.uuid4().hex
 
     @contextmanager
     def lock(self) -> Iterator[Lease]:
         by = "{command} of {user} on {host}".format(**self._by)
-        with lock(self._storage, join(self._uri, "lock.json"), self._seconds, by) as lease:
+        with lock(self.storage, join(self.uri, "lock.json"), self._seconds, by) as lease:
             yield lease
 
     def aliases(self, models: Sequence[str]) -> Aliases:
@@ -112,9 +113,10 @@ class Registry:
         self,
         version: str,
         companion: tuple[str, str] | None,
-        compared_with: str | None,
+        compared_with: str,
         evidence: Mapping[str, Any],
         reason: str = "",
+        by_hand: bool = False,
     ) -> Record | None:
         """Moves `champion` to `version` and `previous_champion` to the old one; None if it is the champion already.
 
@@ -122,9 +124,10 @@ class Registry:
 
         Args:
             companion: name and version of the reward model that moves with the policy; None: there is none.
-            compared_with: the champion's version at the time of the evaluation, "" if there was none; None: a person decides.
+            compared_with: the champion's version when it was decided that this one is better, "" if there was none.
             evidence: what it rests on, for the audit.
-            reason: the person's.
+            reason: a person's.
+            by_hand: a person decides, who may promote what was rolled back.
 
         Raises:
             DoNotRetry: the champion has changed since the evaluation, or the version was rolled back; nothing was moved.
@@ -134,26 +137,22 @@ class Registry:
             now = aliases[self.policy].get(CHAMPION, "")
             if now == version:
                 return None
-            if compared_with is not None:
-                self._refuse_automatic(version, compared_with, now)
+            if now != compared_with:
+                raise DoNotRetry(
+                    f"the champion of {self.policy} is version {now or 'none'}, but the evaluation compared with "
+                    f"{compared_with or 'none'}: version {version} stays {CHALLENGER}",
+                    "run the pipeline again: it compares with the new champion",
+                )
+            if not by_hand and self.tags(version).get(ROLLED_BACK_TAG):
+                raise DoNotRetry(
+                    f"version {version} of {self.policy} was rolled back by a person",
+                    f"promote it by hand: rankloop models promote {version} --force --reason …",
+                )
             moves = exchange(aliases, [*([companion] if companion else []), (self.policy, version)])
             tags = {version: {"promoted_at": moment(), "promoted_over": now, ROLLED_BACK_TAG: ""}}
             return Change("promote", moves, reason, evidence, tags)
 
         return self.change([companion[0]] if companion else [], plan)
-
-    def _refuse_automatic(self, version: str, compared_with: str, now: str) -> None:
-        if now != compared_with:
-            raise DoNotRetry(
-                f"the champion of {self.policy} is version {now or 'none'}, but the evaluation compared with "
-                f"{compared_with or 'none'}: version {version} stays {CHALLENGER}",
-                "run the pipeline again: it compares with the new champion",
-            )
-        if self.tags(version).get(ROLLED_BACK_TAG):
-            raise DoNotRetry(
-                f"version {version} of {self.policy} was rolled back by a person",
-                f"promote it by hand: rankloop models promote {version} --reason …",
-            )
 
     def rollback(self, reason: str) -> Record | None:
         """Moves `champion` back to `previous_champion`, with its reward model; the two change places.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 Task = Literal["text-generation", "text-classification"]
+SERVED_TAG = "digest.served"  # SHA-256 of the list of digests of the files that MLflow keeps and serves
 TAG_CHARACTERS = 5000  # MLflow's limit
 
 
@@ -66,6 +70,34 @@ def log_model(client: MlflowClient, run_id: str, task: Task, name: str, folder: 
                 pip_requirements=requirements,
             )
     return Logged(logged.model_uri, logged.model_id)
+
+
+def served_digests(uri: str, folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a logged model as MLflow's store gives it back: these are the bytes that will be served.
+
+    Args:
+        uri: of the logged model, as its version's `source` has it.
+        folder: an empty or missing one, on a disk that holds the model; it is removed again.
+    """
+    import mlflow
+
+    folder.mkdir(parents=True)
+    try:
+        with mlflow_errors():
+            mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+            root = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+        found = {}
+        for path in sorted(each for each in root.rglob("*") if each.is_file()):
+            with open(path, "rb") as file:
+                found[path.relative_to(root).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def served_place(uri: str) -> str:
+    """Where below the registry's S3 folder the digests of a logged model are kept."""
+    return f"served/{uri.removeprefix('models:/')}.json"
 
 
 def create_version(client: MlflowClient, run_id: str, name: str, logged: Logged, tags: Mapping[str, str], text: str) -> str:

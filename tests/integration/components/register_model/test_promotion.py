@@ -73,7 +73,7 @@ def test_killed_before_any_write_the_next_run_finds_a_consistent_registry(then: 
     pair.promote("1", "")
     pair.promote("2", "1")
     now, before, other, request, begun = "2", "1", "3", 0, set()
-    while killed(partial(pair.promote, other, None, SHORT), request):
+    while killed(partial(pair.promote, other, now, SHORT, by_hand=True), request):
         head = pair.registry().audit.head()
         begun.add(has_begun := head is not None and head.content["aliases"][pair.policy]["champion"] == other)
         if then == "a rollback":
@@ -84,7 +84,7 @@ def test_killed_before_any_write_the_next_run_finds_a_consistent_registry(then: 
                 pair.promote(before, now)
             right = (other, now)
         else:
-            pair.promote(other, now)
+            pair.promote(other, now, by_hand=True)
             right = (other, now)
         assert pair.aliases() == ({"champion": right[0], "previous_champion": right[1]},) * 2, f"killed before write {request}"
         now, before = right
@@ -133,7 +133,7 @@ def test_paused_beyond_its_lease_it_moves_no_alias_over_the_new_champion(request
     """Before the conditional write that precedes each move: the new champion is never moved, not even for a moment."""
     pair = new_pair()
     pair.promote("1", "")
-    process = paused(pair, "2", "1", 1 + request_number, r"PUT .*/lock\.json")
+    process = paused(pair, "2", "1", 2 + request_number, r"PUT .*/lock\.json")  # it takes two to get the lock
     pair.promote("3", "2")  # finishes the promotion of 2 first
     seen = watch(pair, lambda: (os.kill(process, signal.SIGCONT), wait(process)))
     assert seen == {("3", "2")}
@@ -189,10 +189,10 @@ def watch(pair: Pair, work: Callable[[], object]) -> set[tuple[str, str]]:
 def test_a_killed_holder_s_lease_ends() -> None:
     pair = new_pair()
     pair.promote("1", "")
-    assert killed(partial(pair.promote, "2", "1", 1.0), 3) == KILLED
     began = time.monotonic()
+    assert killed(partial(pair.promote, "2", "1", 2.0), 0, r"PUT .*/audit/")
     pair.promote("3", "1")
-    assert 0.3 < time.monotonic() - began < 10, "it was waited for"
+    assert 2 < time.monotonic() - began < 20, "it was waited for, and no longer"
     assert pair.aliases()[0] == {"champion": "3", "previous_champion": "1"}
 
 
@@ -201,7 +201,7 @@ def test_what_a_person_moved_in_mlflow_is_respected_and_noted() -> None:
     pair.promote("1", "")
     pair.promote("2", "1")
     client().set_registered_model_alias(pair.policy, "champion", "3")
-    with pytest.raises(DoNotRetry, match="champion of .* is version 3, but the evaluation compared with 2"):
+    with pytest.raises(DoNotRetry, match=r"champion of .* is version 3, but the evaluation compared with 2"):
         pair.promote("1", "2")
     assert pair.aliases()[0] == {"champion": "3", "previous_champion": "1"}
     last = pair.registry().audit.head()
@@ -225,10 +225,10 @@ def test_a_rollback_changes_places_takes_the_reward_model_with_it_and_bars_the_w
     pair.registry().rollback("answers in the wrong language")
     assert time.monotonic() - began < 10
     assert pair.aliases() == ({"champion": "1", "previous_champion": "2"},) * 2
-    with pytest.raises(DoNotRetry, match="version 2 of .* was rolled back by a person"):
+    with pytest.raises(DoNotRetry, match=r"version 2 of .* was rolled back by a person"):
         pair.promote("2", "1")
     assert pair.aliases() == ({"champion": "1", "previous_champion": "2"},) * 2
-    pair.promote("2", None)
+    pair.promote("2", "1", by_hand=True)
     pair.promote("1", "2")
     pair.promote("2", "1")
     assert pair.aliases()[0] == {"champion": "2", "previous_champion": "1"}
@@ -240,7 +240,7 @@ def test_a_rollback_changes_places_takes_the_reward_model_with_it_and_bars_the_w
 def test_a_version_that_is_gone_ends_the_promotion_and_not_every_one_after_it() -> None:
     pair = new_pair()
     pair.promote("1", "")
-    assert killed(partial(pair.promote, "2", "1", SHORT), 0, SET_ALIAS) == KILLED
+    assert killed(partial(pair.promote, "2", "1", SHORT), 0, SET_ALIAS)
     client().delete_model_version(pair.policy, "2")
     client().delete_model_version(pair.reward, "2")
     pair.promote("3", "1")
