@@ -6,20 +6,23 @@ process that is killed before its n-th write, for every n, has been killed at ev
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import urllib3.connectionpool
 
 from components.register_model.audit import acting
 from components.register_model.promotion import Registry
-from components.services.exits import StageFailure
+from components.services.exits import EXIT_DO_NOT_RETRY, StageFailure
 from components.services.storage import Storage
 from components.services.tracking import client
 
@@ -62,8 +65,8 @@ def new_pair(versions: int = 3) -> Pair:
     return pair
 
 
-def fork(work: Callable[[], object]) -> int:
-    """Begins `work` in a process of its own and gives its id; what it says goes to nobody, its exit code says how it ended."""
+def fork(work: Callable[[], object], told: str = os.devnull) -> int:
+    """Begins `work` in a process of its own and gives its id; how it ended is its exit code, and `told` gets why it failed."""
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
@@ -71,11 +74,13 @@ def fork(work: Callable[[], object]) -> int:
         return process
     code = 1
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        logging.disable()
         work()
         code = 0
     except StageFailure as failure:
         code = failure.exit_code
+        os.write(2, failure.message.encode())
     finally:
         os._exit(code)
 
@@ -99,3 +104,49 @@ def stop_before(request: int, pattern: str = WRITES, number: int = signal.SIGKIL
         return original(pool, method, url, *args, **kwargs)
 
     urllib3.connectionpool.HTTPConnectionPool.urlopen = urlopen  # type: ignore[method-assign]
+
+
+class Race(NamedTuple):
+    """How a round of promotions at the same time against the same champion went.
+
+    Fields:
+        codes: {version: exit code of the process that promoted it}.
+        told: {version: why it failed}.
+        champion, previous: the aliases of the policy afterwards; `reward_model`: whether its reward model's are the same.
+    """
+
+    codes: dict[str, int]
+    told: dict[str, str]
+    champion: str
+    previous: str
+    reward_model: bool
+
+    def faults(self, old: str) -> list[str]:
+        """What went wrong; `old` was the champion before."""
+        winners = [version for version, code in self.codes.items() if code == 0]
+        right = rf"the champion of \S+ is version {self.champion}, but the evaluation compared with {old}: version (\d+) stays .*"
+        found = [] if len(winners) == 1 else [f"{len(winners)} won"]
+        found += [] if winners == [self.champion] else [f"version {self.champion} is champion, but {winners} won"]
+        found += [] if self.previous == old else [f"previous_champion is {self.previous}, not {old}"]
+        found += [] if self.reward_model else ["the reward model's aliases are others"]
+        for version, code in self.codes.items():
+            said = re.fullmatch(right, self.told[version])
+            if code and not (code == EXIT_DO_NOT_RETRY and said and said[1] == version):
+                found.append(f"{version} ended with {code}: {self.told[version]}")
+        return found
+
+
+def race(pair: Pair, old: str, challengers: list[str], folder: Path) -> Race:
+    """One process for each challenger, all at the same moment; nobody is told of the others."""
+    start = time.time() + 0.05 * len(challengers)
+
+    def promote(version: str) -> None:
+        registry = pair.registry()
+        time.sleep(max(0.0, start - time.time()))
+        registry.promote(version, (pair.reward, version), old, {})
+
+    processes = {each: fork(partial(promote, each), str(folder / each)) for each in challengers}
+    codes = {version: wait(process) for version, process in processes.items()}
+    policy, reward = pair.aliases()
+    told = {version: (folder / version).read_text() for version in challengers}
+    return Race(codes, told, policy["champion"], policy["previous_champion"], policy == reward)

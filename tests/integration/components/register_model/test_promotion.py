@@ -8,15 +8,16 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from components.register_model.audit import faults
 from components.register_model.promotion import ANCHOR_TAG
-from components.services.exits import EXIT_DO_NOT_RETRY, DoNotRetry
+from components.services.exits import DoNotRetry
 from components.services.tracking import client
 from pipelines.local_services import LocalServices
-from tests.promotion_processes import WRITES, Pair, fork, new_pair, stop_before, wait
+from tests.promotion_processes import WRITES, Pair, fork, new_pair, race, stop_before, wait
 
 pytestmark = pytest.mark.usefixtures("services")
 KILLED = -signal.SIGKILL
@@ -94,14 +95,10 @@ def test_killed_before_any_write_the_next_run_finds_a_consistent_registry(then: 
     check_log(pair)
 
 
-def test_only_one_of_many_at_once_wins_and_the_others_say_why(tmp_path: os.PathLike[str]) -> None:
+def test_only_one_of_many_at_once_wins_and_the_others_say_why(tmp_path: Path) -> None:
     pair = new_pair(versions=7)
     pair.promote("1", "")
-    processes = {version: fork(partial(pair.promote, version, "1")) for version in map(str, range(2, 8))}
-    codes = {version: wait(process) for version, process in processes.items()}
-    winners = [version for version, code in codes.items() if code == 0]
-    assert sorted(codes.values()) == [0] + [EXIT_DO_NOT_RETRY] * 5
-    assert pair.aliases() == (({"champion": winners[0], "previous_champion": "1"}),) * 2
+    assert race(pair, "1", [str(version) for version in range(2, 8)], tmp_path).faults("1") == []
     check_log(pair)
 
 
