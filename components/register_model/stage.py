@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -72,12 +72,24 @@ class Outputs(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model to register: name in the registry, its task, and the tag that holds its folder's URI on S3."""
+    """A model to register.
+
+    Fields:
+        name: in the registry.
+        task: of its pipeline.
+        tag: the one that holds `uri`, its folder on S3.
+        tags: the others.
+        card: in Markdown.
+        config: generation parameters for a server.
+    """
 
     name: str
     task: Task
     tag: str
     uri: str
+    tags: Mapping[str, str]
+    card: str
+    config: Mapping[str, Any]
 
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
@@ -110,13 +122,16 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     lineage = read_lineage(context.storage, tags)
     tags |= digest_tags(lineage)
     card = model_card(config.policy_name, lineage, evaluation, verdict.rows, gate, config.model_dump(mode="json"))
-    reward = Model(config.reward_model_name, "text-classification", "reward_model_uri", inputs.reward_model_uri)
-    policy = Model(config.policy_name, "text-generation", "policy_uri", inputs.candidate_uri)
     reward_tags = {key: value for key, value in tags.items() if key in ("snapshot_uri", "digest.reward_model", "digest.snapshot")}
-    reward_text = f"Reward model on {escape(evaluation['snapshot_uri'])}."
-    companion = (config.reward_model_name, _version(context, registry, reward, reward_tags, reward_text))
+    reward_text = f"Reward model on {escape(evaluation['snapshot_uri'])}, against which a policy of {config.policy_name} learned."
+    reward = Model(
+        config.reward_model_name, "text-classification", "reward_model_uri", inputs.reward_model_uri, reward_tags, reward_text, {}
+    )
+    companion = (config.reward_model_name, _version(context, registry, reward))
     tags |= {"reward_model_name": companion[0], "reward_model_version": companion[1]}
-    version = _version(context, registry, policy, tags, description(card))
+    limit = {"max_new_tokens": evaluation["config"]["max_new_tokens"]} if "config" in evaluation else {}
+    policy = Model(config.policy_name, "text-generation", "policy_uri", inputs.candidate_uri, tags, card, limit)
+    version = _version(context, registry, policy)
 
     # 3. Aliases.
     evidence = {
@@ -156,25 +171,25 @@ def rolled_back(registry: Registry, version: str) -> bool:
     return bool(registry.tags(version).get(ROLLED_BACK_TAG))
 
 
-def _version(context: Context, registry: Registry, model: Model, tags: Mapping[str, str], text: str) -> str:
+def _version(context: Context, registry: Registry, model: Model) -> str:
     """The version of a model, made if there is none yet.
 
     Logging takes as long as the model is large and is done before the lock; of several processes that do it for the same model,
     such as a retry beside the attempt that was believed dead, one makes the version and the others find it.
     """
-    mlflow = client()
+    mlflow, run_id = client(), context.tracker.run_id
     if found := find_version(mlflow, model.name, model.tag, model.uri):
         _log.info("%s is version %s of %s already", model.uri, found, model.name)
         return found
     folder = context.scratch / model.tag
     context.storage.fetch_folder(model.uri, folder)
-    logged = log_model(mlflow, context.tracker.run_id, model.task, model.name, folder)
+    logged = log_model(mlflow, run_id, model.task, model.name, folder, model.card, model.config)
     served = json.dumps(served_digests(logged.uri, context.scratch / f"{model.tag}-served"), indent=2, sort_keys=True).encode()
     context.storage.put_bytes(join(registry.uri, served_place(logged.uri)), served)
-    tags = {**tags, SERVED_TAG: hashlib.sha256(served).hexdigest()}
+    tags = {**model.tags, model.tag: model.uri, SERVED_TAG: hashlib.sha256(served).hexdigest()}
     with registry.lock() as lease:
         found = find_version(mlflow, model.name, model.tag, model.uri)
         if not found:
             lease.renew()
-            found = create_version(mlflow, context.tracker.run_id, model.name, logged, {model.tag: model.uri, **tags}, text)
+            found = create_version(mlflow, run_id, model.name, logged, tags, description(model.card))
     return found

@@ -42,32 +42,46 @@ def find_version(client: MlflowClient, name: str, tag: str, value: str) -> str:
     return str(min(found, key=lambda v: int(v.version)).version) if found else ""
 
 
-def log_model(client: MlflowClient, run_id: str, task: Task, name: str, folder: Path) -> Logged:
-    """Logs the model of a plain folder under a run, in the transformers flavour.
+def log_model(
+    client: MlflowClient, run_id: str, task: Task, name: str, folder: Path, card: str, config: Mapping[str, Any]
+) -> Logged:
+    """Logs the model of a plain folder under a run, in the transformers flavour, with its card.
 
-    Signature and requirements are given, because MLflow would find them out by running the model.
+    A policy with a chat template is logged for MLflow's task `llm/v1/chat`: whoever serves it sends messages as to OpenAI's API,
+    and the template is applied. Without it a policy would read bare text as it never did in training, and often answer nothing.
+
+    Args:
+        name: what a server calls the model, as `models:/name`.
+        config: generation parameters that a server uses where a request names none.
     """
     import mlflow
+    from huggingface_hub import ModelCard
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
     kind = AutoModelForCausalLM if task == "text-generation" else AutoModelForSequenceClassification
-    model = kind.from_pretrained(folder, use_safetensors=True)
+    model, tokenizer = kind.from_pretrained(folder, use_safetensors=True), AutoTokenizer.from_pretrained(folder)
+    # Instead of a folder that is gone soon; and no name of the Hub, where MLflow would look for a licence.
+    model.config._name_or_path = model.name_or_path = f"models:/{name}"
+    chat = task == "text-generation" and tokenizer.chat_template is not None
     outputs = [ColSpec(DataType.string)]
     if task == "text-classification":
         outputs = [ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")]
-    signature = ModelSignature(inputs=Schema([ColSpec(DataType.string)]), outputs=Schema(outputs))
+    # Requirements and signature are given, because MLflow would find them out by running the model; that of chat is MLflow's own.
+    signature = None if chat else ModelSignature(inputs=Schema([ColSpec(DataType.string)]), outputs=Schema(outputs))
     requirements = [f"{package}=={installed(package).partition('+')[0]}" for package in ("torch", "transformers", "mlflow")]
     with mlflow_errors():
         mlflow.set_tracking_uri(client.tracking_uri)
         with mlflow.start_run(run_id=run_id):
             logged = mlflow.transformers.log_model(
-                pipeline(task, model=model, tokenizer=AutoTokenizer.from_pretrained(folder)),
+                pipeline(task, model=model, tokenizer=tokenizer),
                 name=name,
-                task=task,
+                task="llm/v1/chat" if chat else task,
                 signature=signature,
                 pip_requirements=requirements,
+                model_card=ModelCard(card),
+                model_config=dict(config) or None,
             )
     return Logged(logged.model_uri, logged.model_id)
 
