@@ -26,6 +26,7 @@ from components.services.exits import EXIT_DO_NOT_RETRY, StageFailure
 from components.services.storage import Storage
 from components.services.tracking import client
 
+KILLED = -signal.SIGKILL
 WRITES = r"PUT|POST|DELETE|PATCH"
 
 
@@ -90,20 +91,38 @@ def wait(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def stop_before(request: int, pattern: str = WRITES, number: int = signal.SIGKILL) -> None:
-    """Lets this process receive a signal, SIGKILL or SIGSTOP, before its n-th request (from 0) whose method and path match."""
+def stop_before(request: int, pattern: str = WRITES, number: int = signal.SIGKILL, after: bool = False) -> None:
+    """Lets this process receive a signal, SIGKILL or SIGSTOP, before its n-th request (from 0) whose method and path match.
+
+    Args:
+        after: as soon as the answer has come, instead.
+    """
     made = 0
     original = urllib3.connectionpool.HTTPConnectionPool.urlopen
 
     def urlopen(pool, method, url, *args, **kwargs):  # type: ignore[no-untyped-def]
         nonlocal made
         if re.search(pattern, f"{method} {url}"):
-            if made == request:
-                os.kill(os.getpid(), number)
             made += 1
+            if made == request + 1:
+                if after:
+                    original(pool, method, url, *args, **kwargs)
+                os.kill(os.getpid(), number)
         return original(pool, method, url, *args, **kwargs)
 
     urllib3.connectionpool.HTTPConnectionPool.urlopen = urlopen  # type: ignore[method-assign]
+
+
+def killed(work: Callable[[], object], request: int, pattern: str = WRITES, after: bool = False) -> bool:
+    """Whether a process that does `work` was killed before its n-th matching request, or after it; otherwise it has ended well."""
+
+    def until_killed() -> None:
+        stop_before(request, pattern, after=after)
+        work()
+
+    code = wait(fork(until_killed))
+    assert code in (0, KILLED)
+    return code == KILLED
 
 
 class Race(NamedTuple):

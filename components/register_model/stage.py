@@ -129,8 +129,11 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     )
     companion = (config.reward_model_name, _version(context, registry, reward))
     tags |= {"reward_model_name": companion[0], "reward_model_version": companion[1]}
-    limit = {"max_new_tokens": evaluation["config"]["max_new_tokens"]} if "config" in evaluation else {}
-    policy = Model(config.policy_name, "text-generation", "policy_uri", inputs.candidate_uri, tags, card, limit)
+    # A server answers as the policy did when it was judged.
+    drawn = {key: evaluation["config"][key] for key in ("max_new_tokens", "temperature") if key in evaluation.get("config", {})}
+    policy = Model(
+        config.policy_name, "text-generation", "policy_uri", inputs.candidate_uri, tags, card, {"do_sample": True, **drawn}
+    )
     version = _version(context, registry, policy)
 
     # 3. Aliases.

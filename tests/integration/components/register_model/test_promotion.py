@@ -17,10 +17,9 @@ from components.register_model.promotion import ANCHOR_TAG
 from components.services.exits import DoNotRetry
 from components.services.tracking import client
 from pipelines.local_services import LocalServices
-from tests.promotion_processes import WRITES, Pair, fork, new_pair, race, stop_before, wait
+from tests.promotion_processes import KILLED, Pair, fork, killed, new_pair, race, stop_before, wait
 
 pytestmark = pytest.mark.usefixtures("services")
-KILLED = -signal.SIGKILL
 SHORT = 0.3  # seconds of a lease whose holder is killed or paused
 SET_ALIAS = r"POST .*/registered-models/alias"
 
@@ -39,18 +38,6 @@ def check_log(pair: Pair) -> list[tuple[str, str]]:
     found = registry.aliases(list(content[-1]["aliases"]))
     assert found == content[-1]["aliases"]
     return [(each["event"], each["action"]) for each in content]
-
-
-def killed(work: Callable[[], object], request: int, pattern: str = WRITES) -> bool:
-    """Whether a process that does `work` was killed before its n-th matching request; otherwise it has ended well."""
-
-    def until_killed() -> None:
-        stop_before(request, pattern)
-        work()
-
-    code = wait(fork(until_killed))
-    assert code in (0, KILLED)
-    return code == KILLED
 
 
 def test_killed_before_any_write_the_same_run_again_completes_the_promotion_and_tells_it_once() -> None:
