@@ -40,10 +40,13 @@ def compare_versions(
     seed: int,
 ) -> None:
     """Prints the win rate of the first version over the second and some prompts with both answers; `output` gets all of them."""
+    from transformers.utils import logging
+
     from components.evaluate.answers import Sampling, draw, score_all
     from components.evaluate.stage import Inputs
     from components.services.launch import Context
 
+    logging.disable_progress_bar()
     versions = read_versions(registry.client, registry.policy)
     a, b = (pick(versions, registry.policy, each) for each in wanted)
     judge = judge or a.tags.get("judge_model_uri", "")
