@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from components.services.exits import EXIT_INTERRUPTED, StageFailure
+from pipelines import models
+from pipelines.display import Home, console_of
 
 app = typer.Typer(
     help="Human rankings → reward model → PPO or DPO → a gated, registered policy, as a Kubeflow pipeline or on this machine.",
@@ -22,9 +23,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Home = Annotated[
-    Path | None, typer.Option("--home", help="Folder of the local servers' data and of the runs.", envvar="RANKLOOP_HOME")
-]
+app.add_typer(models.app, name="models")
 
 
 @app.command()
@@ -62,7 +61,7 @@ def run(
 
     resolved = profile_file.load(profile, assignments or (), seed, method)
     sources = laptop.Sources(*map(_absolute, (rankings, demonstrations, pretraining)))
-    code = laptop.run(resolved, sources, home or default_home(), fresh, _console())
+    code = laptop.run(resolved, sources, home or default_home(), fresh, console_of())
     raise typer.Exit(code)
 
 
@@ -76,7 +75,7 @@ def compile(
     from pipelines.rlhf import rlhf
 
     compiler.Compiler().compile(rlhf, str(output))
-    _console().print(f"wrote {output}", highlight=False)
+    console_of().print(f"wrote {output}", highlight=False)
 
 
 @app.command()
@@ -84,7 +83,7 @@ def services(home: Home = None) -> None:
     """Starts the local S3 and MLflow servers and keeps them up until Ctrl-C."""
     from pipelines.local_services import QUIET, LocalServices, default_home
 
-    console, interrupted = _console(), threading.Event()
+    console, interrupted = console_of(), threading.Event()
     with LocalServices(home or default_home()) as running:
         # A shell script starts what it puts in the background with SIGINT ignored, and then Python raises no KeyboardInterrupt.
         signal.signal(signal.SIGINT, lambda *_: interrupted.set())
@@ -99,16 +98,6 @@ def services(home: Home = None) -> None:
             running.check()
     if interrupted.is_set():
         raise KeyboardInterrupt
-
-
-@app.command()
-def models(name: Annotated[str, typer.Option(help="Name of the registered model.")] = "rankloop-policy", home: Home = None) -> None:
-    """Lists the versions of the policy with their aliases, gate and win rates."""
-    from pipelines.local_services import LocalServices, default_home, environment_of
-    from pipelines.models import list_versions
-
-    with LocalServices(home or default_home()) as running, environment_of(running):
-        list_versions(_console(), name)
 
 
 def _absolute(place: str) -> str:
@@ -127,10 +116,6 @@ def _options(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Shows the version and ends.")] = False,
 ) -> None:
     pass
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def main() -> None:

@@ -142,6 +142,8 @@ def show_result(console: Console, storage: Storage, services: LocalServices, res
     evaluation_uri = verdict["outputs"]["evaluation_uri"]
     evaluation = storage.get_json(join(evaluation_uri, "evaluation.json"))
     storage.download_file(join(evaluation_uri, "report.html"), report)
+    models = report.with_name("models.html")
+    storage.download_file(join(services.storage_root, "registry", services_name(registered), "models.html"), models)
     reward = storage.get_json(join(evaluation["reward_model_uri"], MARKER))
     judge = storage.get_json(join(evaluation["judge_model_uri"], MARKER))
     ingest = ingest_report(storage, services.storage_root, evaluation["snapshot_uri"])
@@ -164,12 +166,18 @@ def show_result(console: Console, storage: Storage, services: LocalServices, res
         ("KL to SFT", estimate(measures.get("kl_reference")) + " nats per answer"),
         ("gate", evaluation["gate"] + failed_rows(evaluation)),
         ("registry", f"{services_name(registered)} version {version}, {alias}"),
-        ("report", str(report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report)),
+        ("report", shown(report)),
+        ("versions", shown(models)),
         ("MLflow", services.tracking_uri),
         ("artifacts", evaluation_uri),
     ]
     console.print()
     console.print(table("Result", rows), highlight=False)
+
+
+def shown(path: Path) -> str:
+    """A path from the current folder where it is below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def made_by(storage: Storage, evaluation: Mapping[str, Any]) -> str:
