@@ -1,9 +1,8 @@
 """Evidence against "nothing has changed", from p-values that come one by one: a test martingale that bets on small ones.
 
-While nothing changes, the p-values are independent and uniform on (0, 1), and the evidence E_1, E_2, ... has expectation 1 at any time,
-given all the p-values before. By Ville's inequality the probability that it EVER reaches 1/a is at most a, however often anybody
-looks and whenever anybody stops (Ville 1939; Shafer and Vovk 2019, "Game-Theoretic Foundations", chapter 2; Ramdas 2023,
-arXiv 2210.01948, section 2).
+While nothing changes, the p-values are independent and uniform on (0, 1), and the evidence E_1, E_2, ... has expectation 1 at any
+time. By Ville's inequality the probability that it EVER reaches 1/a is at most a, however often anybody
+looks and whenever anybody stops (Ville 1939; Ramdas 2023, arXiv 2210.01948, section 2).
 
 A bet is a density f on (0, 1): it multiplies the money that is on it by f(p), and the mean of f is 1. No single density is best for
 every drift, so the money lies on a grid of them (a mixture of martingales is a martingale):
@@ -12,10 +11,10 @@ every drift, so the money lies on a grid of them (a mixture of martingales is a 
     powers  f = e p^(e-1)                 (Vovk 2003, "Testing exchangeability on-line")
 
 Nobody knows when the drift begins, and money that bet on it for a year is gone. So at the k-th p-value the share
-k^(-1/2) - (k+1)^(-1/2) of the first money leaves the mattress and is laid on the grid: a mixture over all beginnings, too. A drift that
-begins at the k-th p-value has to win back 1.5 log k + 0.7 nats (12 after 1500), and not what a year of wrong bets would have lost. It is
-the mixture behind Shiryaev's procedure, with a prior that has no horizon (Shin 2022, arXiv 2203.03532, on e-detectors; Vovk 2021,
-arXiv 2102.10439, on conformal test martingales that decide when to retrain).
+k^(-1/2) - (k+1)^(-1/2) of the first money leaves the mattress and is laid on the grid: a mixture over all beginnings, too. A drift
+that begins at the k-th p-value has to win back 1.5 log k + 0.7 nats (12 after 1500), and not what a year of wrong bets would have
+lost. It is the mixture behind Shiryaev's procedure, with a prior that has no horizon (Shin 2022,
+arXiv 2203.03532, on e-detectors; Vovk 2021, arXiv 2102.10439, on conformal test martingales that decide when to retrain).
 """
 
 from __future__ import annotations
@@ -26,7 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-STEP_SHARES = (0.1, 0.25, 0.5, 0.9)  # w: nothing smaller is found within a month of rankings, and 0.9 survives a unit that did not drift
+STEP_SHARES = (
+    0.1,
+    0.25,
+    0.5,
+    0.9,
+)  # w: nothing smaller is found within a month of rankings, and 0.9 survives a unit that did not drift
 STEP_EDGES = (0.005, 0.02, 0.05, 0.1, 0.2, 0.4)  # q: below 0.005 lie five of a thousand reference units
 POWERS = (0.15, 0.3, 0.5, 0.7, 0.85)
 

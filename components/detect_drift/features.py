@@ -42,13 +42,15 @@ def text_features(
     rankings: Sequence[Ranking],
     max_tokens: int,
 ) -> TextFeatures:
-    """Reads each prompt with each of its completions in one pass; mean-pools a middle layer, where meaning is and next tokens are not yet.
+    """Reads each prompt with each of its completions in one pass; mean-pools a middle layer, for the last is about next tokens.
 
     Args:
         max_tokens: tokens in a batch, padding included.
     """
     limit = min(context_tokens(model.config), tokenizer.model_max_length)
-    prompts, completions, owner = [], [], []
+    prompts: list[list[int]] = []
+    completions: list[list[int]] = []
+    owner: list[int] = []
     for number, ranking in enumerate(rankings):
         answers = [encode_completion(tokenizer, text) for text in ranking.completions]
         try:
@@ -100,7 +102,9 @@ def judge(
     Raw scores: their differences are the log-odds that the model was trained to give; centring would rescale them.
     """
     limit = min(context_tokens(model.config), tokenizer.model_max_length)
-    prompts, completions, spans = [], [], []
+    prompts: list[list[int]] = []
+    completions: list[list[int]] = []
+    spans: list[tuple[int, int]] = []
     for ranking in rankings:
         answers = [encode_completion(tokenizer, text) for text in ranking.completions]
         try:

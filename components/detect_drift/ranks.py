@@ -2,20 +2,20 @@
 
 A bag begins with the reference and takes in every unit after it was tested. While nothing changes, reference and new units are
 exchangeable, so the place of the newest among all is uniform whatever the places before it were: the p-values are independent and
-uniform (Vovk 2003; Vovk, Gammerman and Shafer 2022, "Algorithmic Learning in a Random World", theorem 11.2). This holds for any
+uniform (Vovk 2003; Vovk, Gammerman and Shafer 2022, "Algorithmic Learning in a Random World", part III). This holds for any
 size of the reference and for any number of units.
 
 Why not a two-sample test against a fixed reference: a finite reference is not the distribution that it was drawn from. A test that
 compares with it again and again is a test of "new rankings are distributed exactly as those 1000 are", which is false without any
-drift, and with enough new rankings it will say so. Betting on pairs of one new and one reference ranking (Shekhar and Ramdas 2023,
-arXiv 2112.09162; Podkopaev and Ramdas 2023, arXiv 2310.19384) is valid only while each reference ranking is used once, and ends when
-they are used up. A rank among all that came before is valid for ever.
+drift, and with enough new rankings it will say so. Betting on pairs of one new and one reference ranking (Shekhar and Ramdas
+2023, arXiv 2112.09162; Podkopaev and Ramdas 2023, arXiv 2310.19384) is valid only while each reference ranking is used once, and
+ends when they are used up. A rank among all that came before is valid for ever.
 
 The score may be any function that was fixed without the units of the bag, and may change on the way as long as it never learns from
 them: what is proved is that given the bag (with the newest in it) each of its members is equally likely to be the newest.
 
 A unit can have a category, known before its score (here: the split). It is then ranked among its own kind only, and the p-values
-are uniform as long as each kind stays as it was (Mondrian conformal prediction; Vovk 2022, section 4.6): that there are more of
+are uniform as long as each kind stays as it was (Mondrian conformal prediction, in the same book): that there are more of
 one kind is no drift.
 """
 
@@ -82,5 +82,3 @@ def auc(new: Floats, reference: Floats, resamples: int = 400, seed: int = 0) -> 
     ]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return value, max(0.0, min(value, float(low))), min(1.0, max(value, float(high)))
-
-

@@ -64,7 +64,7 @@ def novelty(points_NC: Floats, reference_MC: Floats) -> Floats:
 
 
 def classifier(old_NC: Floats, new_MC: Floats) -> Floats:
-    """Weights [C + 1] (the last is the intercept) of a logistic regression that tells new units from old ones; both sides weigh the same.
+    """Weights [C + 1] of a logistic regression that tells new units from old ones, the intercept last; both sides weigh the same.
 
     Ridge, by Newton's method: a classifier two-sample test (Lopez-Paz and Oquab 2017, arXiv 1610.06545) that keeps no one waiting.
     """

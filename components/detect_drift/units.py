@@ -51,7 +51,7 @@ class TextUnit(NamedTuple):
 
 
 class AgreementUnit(NamedTuple):
-    """A prompt with its first two rankings, of which `dated` is the later; `disagreement` is the share of comparable pairs that the second turns round."""
+    """A prompt with its first two rankings: the later one, and the share of comparable pairs that it turns round."""
 
     key: str
     dated: Dated

@@ -1,8 +1,8 @@
 """The tests of one watch: each ranks new units against its bag and bets; none of them learns from what it ranks.
 
-`Ranked` has a score that is fixed from the start. `Learned` learns all the time what tells new from old: of the new units, half (drawn
-by a hash of their key) teach the classifier and never enter the bag, the other half are ranked by it. So its p-values are as valid
-as with a fixed score, at the price of half of the units.
+`Ranked` has a score that is fixed from the start. `Learned` learns all the time what tells new from old: of the new units, half
+(drawn by a hash of their key) teach the classifier and never enter the bag, the other half are ranked by it. So its p-values are as
+valid as with a fixed score, at the price of half of the units.
 
 What a test says does not depend on how its units were cut into looks.
 """

@@ -38,7 +38,7 @@ def test_the_evidence_is_worked_by_hand_for_two_bets() -> None:
 
 
 def test_its_expectation_is_one_by_enumerating_all_orders() -> None:
-    """All 24 orders of 4 units, two of them reference, and 60 x 60 values of the tie breaker: the mean of E is 1, with ties, too."""
+    """All 24 orders of 4 units, two of them reference, and 60 x 60 tie breakers: the mean of E is 1, with ties, too."""
     thetas = (np.arange(60) + 0.5) / 60
     for values in ((1.0, 2.0, 3.0, 4.0), (1.0, 1.0, 2.0, 2.0)):
         total = []
