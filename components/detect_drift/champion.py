@@ -12,7 +12,7 @@ TAGS = ("policy_uri", "snapshot_uri", "reward_model_uri")  # register_model writ
 
 
 class Champion(NamedTuple):
-    """Version in the registry; its policy, the snapshot that it learned from, and the reward model that it was optimised against."""
+    """Version in the registry; its policy, the snapshot that it learned from, and the reward model behind it."""
 
     version: str
     policy_uri: str
@@ -43,7 +43,7 @@ def find_champion(policy_name: str) -> Champion | None:
         tags = registry.get_model_version(policy_name, version).tags
     if missing := [tag for tag in TAGS if not tags.get(tag)]:
         raise DoNotRetry(
-            f"version {version} of {policy_name} is {ALIAS} but has no tag {', '.join(missing)}, so nothing can be compared with it",
+            f"version {version} of {policy_name} is {ALIAS} but has no tag {', '.join(missing)}, so there is nothing to compare",
             f"register it with register_model, or take the alias {ALIAS} off it",
         )
     return Champion(version, *(tags[tag] for tag in TAGS))

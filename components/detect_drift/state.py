@@ -108,7 +108,7 @@ def blocked(hygiene: Hygiene, retrains: Sequence[Mapping[str, Any]], new_ranking
 
 
 class Order(NamedTuple):
-    """What came of asking for a retrain: `owner` is whoever has it for this champion and snapshot, "" if nobody; or what blocked it."""
+    """What came of asking: the run that has the retrain of this champion and snapshot, "" if none has; and what blocked it."""
 
     owner: str
     blocked: str
@@ -121,8 +121,8 @@ def order_retrain(
 
     Args:
         uri: of the list.
-        record: champion, snapshot and run (who asks), and the reason. The same run that asks again is told that it has it: that is a
-            retry of a pod, not a second retrain.
+        record: champion, snapshot, run (who asks) and reason. The same run that asks again is told that it has it: that is a retry
+            of a pod, not a second retrain.
     """
     while True:
         exists = storage.exists(uri)

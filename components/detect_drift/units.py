@@ -101,12 +101,16 @@ def disagreement(one: Ranking, other: Ranking) -> float:
     return sum(sign < 0 for sign in strict) / len(strict) if strict else math.nan
 
 
+def rater_day(ranking: Ranking, digest: str) -> str:
+    """Key of a rater on the day (UTC) of a ranking; one without a time has a key of its own."""
+    return json_digest([ranking.rater_id, ranking.collected_at[:10] if ranking.collected_at else digest])
+
+
 def rater_units(rankings: Iterable[Dated], known: frozenset[str] | set[str] = frozenset()) -> list[RaterUnit]:
     """The first ranking of every rater on every day; a ranking without a time is a unit of its own."""
     first: dict[str, Dated] = {}
     for each in rankings:
-        day = each.ranking.collected_at[:10] if each.ranking.collected_at else each.digest
-        key = json_digest([each.ranking.rater_id, day])
+        key = rater_day(each.ranking, each.digest)
         if key not in known and (key not in first or each.order < first[key].order):
             first[key] = each
     return sorted((RaterUnit(key, each) for key, each in first.items()), key=lambda unit: unit.dated.order)
