@@ -48,7 +48,7 @@ def measures_of(watch: Watch) -> list[dict[str, Any]]:
 
 
 def preferences_of(margins: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Any]:
-    """Accuracy, log loss and calibration error of the reward model on pairs of reference and of new rankings; a ranking is a cluster."""
+    """How right and how calibrated the reward model is on pairs of reference and of new rankings; a ranking is a cluster."""
     found: dict[str, Any] = {}
     for side, each in margins.items():
         flat = np.array([margin for one in each for margin in one])
@@ -103,7 +103,7 @@ def _summary(document: Mapping[str, Any]) -> Section:
         [
             f"Evidence is the logarithm of a betting game's wealth that began with 1. If nothing changes, the probability that any "
             f"of these tests ever reaches its limit is at most {alpha:g} in all, however often they are looked at.",
-            "Effect: the probability that a new unit scores higher than a reference unit, with a 95 % interval; 0.5 is no difference. "
+            "Effect: the probability that a new unit scores higher than a reference unit, with a 95 % interval; 0.5 is none. "
             "Evidence says whether there is a drift, the effect how large it is.",
         ],
         [Table("", columns, rows), *([Table("Not watched", ["test", "why"], missing)] if missing else [])],

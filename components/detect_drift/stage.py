@@ -4,44 +4,37 @@ Goes in:  the newest snapshot of rankings. The champion, its snapshot and its mo
 Comes out: the decision ("retrain" or "wait"), its reason in one line, and a folder with drift.json and report.html.
 Alone:    python -m components.detect_drift --snapshot-uri s3://…
 
-Every new ranking is looked at once, in order of time, and bet on by seven tests in four channels (`channels`): prompts, completions,
-preferences, raters. However often the stage runs, the probability that it EVER says "drift" of a champion whose rankings have not
-changed is at most `alpha` (`betting`, `ranks`). An alarm stays until there is a new champion, for whom the watch starts afresh; hygiene
-decides when an alarm starts a retrain.
+Every new ranking is looked at once, in order of time, and bet on by seven tests in four channels (`channels`): prompts,
+completions, preferences, raters. However often the stage runs, the probability that it EVER says "drift" of a champion whose
+rankings have not changed is at most `alpha` (`betting`, `ranks`). An alarm stays until there is a new champion, for whom the watch
+starts afresh; hygiene decides when an alarm starts a retrain.
 """
 
 from __future__ import annotations
 
-import heapq
 import json
 import logging
 import os
-import shutil
-from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
 from components.detect_drift.champion import Champion, find_champion, tag_version
-from components.detect_drift.channels import Eyes, Known, Watch
-from components.detect_drift.features import Judgement, TextFeatures, judge, text_features
+from components.detect_drift.channels import Known, Watch
 from components.detect_drift.page import drift_page, measures_of
+from components.detect_drift.reading import Models, read_reference, read_since
 from components.detect_drift.state import Hygiene, Order, State, order_retrain, read_state, write_folder, write_state
-from components.detect_drift.units import Dated, digest_of, rater_day
-from components.detect_drift.watch import chance
-from components.rlhf.models import load_policy, load_scorer
-from components.rlhf.records import Ranking, iterate_snapshot, prompt_key
+from components.detect_drift.units import Dated
 from components.services.exits import DoNotRetry, Retry
 from components.services.launch import Context, Settings, json_digest
-from components.services.storage import join
 from components.services.tracking import PARENT_VARIABLE, client, mlflow_errors
 
 ATTEMPTS = 5  # at writing the state, while other watches do
 Channel = Literal["prompts", "completions", "preferences", "raters"]
+ALL: tuple[Channel, ...] = ("prompts", "completions", "preferences", "raters")
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +46,7 @@ class Config(Settings):
     """Name of the policy in the registry, where the champion is looked up."""
     alpha: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
     """Probability of ever a false alarm over the whole watch of one champion, all channels together."""
-    channels: list[Channel] = Field(default_factory=lambda: ["prompts", "completions", "preferences", "raters"], min_length=1)
+    channels: list[Channel] = Field(default_factory=lambda: list(ALL), min_length=1)
     """What is watched; alpha is shared equally."""
     reference_rankings: int = Field(2000, ge=40)
     """Units of the champion's snapshot to compare with, at most, in each channel."""
@@ -136,13 +129,13 @@ def look(
         DoNotRetry: alpha or what is watched was changed in the middle of a watch.
         Retry: other watches were faster again and again.
     """
-    eyes = Models(config, context, champion).eyes
+    eyes = Models(context, champion, config.precision, config.batch_tokens).eyes
     settings = {"alpha": config.alpha, "channels": list(config.channels), "reference_rankings": config.reference_rankings}
     for _ in range(ATTEMPTS):
         state = read_state(context.storage, uri)
         if state is None:
             watch = Watch.begin(reference, eyes, config.channels, config.alpha, config.reference_rankings)
-            document = {"champion": champion._asdict(), "settings": settings, "looks": [], "alarm": None}
+            document: dict[str, Any] = {"champion": champion._asdict(), "settings": settings, "looks": [], "alarm": None}
             state = State(watch, document, "")
         if state.document["settings"] != settings:
             raise DoNotRetry(
@@ -191,89 +184,6 @@ def decide(alarm: dict[str, Any] | None, order: Order, owner: str, total: int, s
     if order.owner:
         return "wait", one_line(f"{alarm['reason']}; run {order.owner} has started the retrain of this champion on this snapshot")
     return "wait", one_line(f"{alarm['reason']}; blocked: {order.blocked}")
-
-
-# -- reading -------------------------------------------------------------------------------------------------------------
-
-
-def read_reference(folder: Path, most: int) -> tuple[Known, list[Dated]]:
-    """Keys of all that is in the champion's snapshot, and the rankings of the units that may be chosen as reference.
-
-    Two passes, so that memory holds the keys and a few thousand rankings, whatever the size of the snapshot. A unit is chosen by the
-    hash of its key, and with it come all of its rankings: which of them is the first is seen only then.
-    """
-    known = Known(set(), set(), set())
-    counts: Counter[str] = Counter()
-    held_out: set[str] = set()
-    for ranking in iterate_snapshot(folder):
-        key = prompt_key(ranking.prompt)
-        digest = digest_of(ranking)
-        known.rankings.add(digest)
-        known.rater_days.add(rater_day(ranking, digest))
-        counts[key] += 1
-        if ranking.split == "test":
-            held_out.add(key)
-    known.prompts.update(counts)
-
-    def chosen(keys: Any) -> set[str]:
-        return set(heapq.nsmallest(most, keys, key=lambda key: chance("sample", key)))
-
-    prompts = chosen(known.prompts) | chosen(held_out) | chosen(key for key, count in counts.items() if count > 1)
-    days = chosen(known.rater_days)
-    kept: dict[str, Dated] = {}
-    for ranking in iterate_snapshot(folder):
-        digest = digest_of(ranking)
-        if prompt_key(ranking.prompt) in prompts or rater_day(ranking, digest) in days:
-            kept[digest] = Dated(digest, ranking)
-    return known, list(kept.values())
-
-
-def read_since(folder: Path, known: Known) -> list[Dated]:
-    """The rankings that are not in the champion's snapshot, each once."""
-    found: dict[str, Dated] = {}
-    for ranking in iterate_snapshot(folder):
-        digest = digest_of(ranking)
-        if digest not in known.rankings:
-            found[digest] = Dated(digest, ranking)
-    return list(found.values())
-
-
-class Models:
-    """The champion's models, each loaded when it is needed, and one at a time in memory."""
-
-    def __init__(self, config: Config, context: Context, champion: Champion) -> None:
-        self._config, self._context, self._champion = config, context, champion
-        self._role = ""
-        self._loaded: Any = None
-
-    @property
-    def eyes(self) -> Eyes:
-        return Eyes(self._read, self._judge)
-
-    def _read(self, rankings: Sequence[Ranking]) -> TextFeatures:
-        model, tokenizer = self._load(self._champion.policy_uri, "policy")
-        return text_features(self._context, model, tokenizer, rankings, self._config.batch_tokens)
-
-    def _judge(self, rankings: Sequence[Ranking]) -> list[Judgement]:
-        model, tokenizer = self._load(self._champion.reward_model_uri, "reward_model")
-        return judge(model, tokenizer, rankings, self._config.batch_tokens)
-
-    def _load(self, uri: str, role: str) -> Any:
-        if self._role == role:
-            return self._loaded
-        self._loaded = None
-        folder = self._context.scratch / "models" / role
-        if not folder.exists():
-            marker = self._context.storage.fetch_folder(uri, folder)
-            if marker.get("role") != role:
-                shutil.rmtree(folder)
-                raise DoNotRetry(f"{uri} is a {marker.get('role')!r}, not a {role!r}", "correct the tags of the champion's version")
-        try:
-            self._loaded = (load_policy if role == "policy" else load_scorer)(folder, self._config.precision)
-        except (ValueError, OSError) as error:
-            raise DoNotRetry(f"{uri} cannot be loaded: {error}", "promote a champion whose artifacts are whole") from error
-        self._role = role
-        return self._loaded
 
 
 # -- the end -------------------------------------------------------------------------------------------------------------
