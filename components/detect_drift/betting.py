@@ -63,20 +63,31 @@ class Evidence(NamedTuple):
     @property
     def log_value_R(self) -> Floats:
         """log E in nats: what is on the grid, and what is still in the mattress."""
-        asleep = -0.5 * math.log1p(self.bets)
-        return np.asarray(np.logaddexp(np.logaddexp.reduce(self.log_awake_RJ, axis=1), asleep), dtype=np.float64)
+        return _log_values(self.log_awake_RJ, np.array(self.bets))
 
     def bet(self, p_R: ArrayLike) -> Evidence:
-        """The evidence after one more p-value of each repetition.
+        """The evidence after one more p-value of each repetition."""
+        return self.bets_on(np.asarray(p_R, dtype=np.float64)[None])[0]
+
+    def bets_on(self, p_NR: ArrayLike) -> tuple[Evidence, Floats]:
+        """The evidence after N more p-values, and log E after each of them [N, R].
+
+        With S_n the sum of log f over the first n, a strategy has S_n + log sum over k <= n of (woken at k) exp(-S_(k-1)).
 
         Raises:
             ValueError: a p-value is not in (0, 1]; NaN is not.
         """
-        p = np.asarray(p_R, dtype=np.float64)
+        p = np.asarray(p_NR, dtype=np.float64)
         if not ((p > 0) & (p <= 1)).all():
             raise ValueError(f"p-values are in (0, 1], not {p[~((p > 0) & (p <= 1))][0]}")
-        waking = math.log(((self.bets + 1) ** -0.5 - (self.bets + 2) ** -0.5) / STRATEGIES)
-        return Evidence(self.bets + 1, np.logaddexp(self.log_awake_RJ, waking) + log_densities(p))
+        bets_N = self.bets + 1 + np.arange(len(p))
+        sums_NRJ = np.cumsum(log_densities(p), axis=0)
+        before_NRJ = np.concatenate([np.zeros((1, *sums_NRJ.shape[1:])), sums_NRJ[:-1]])[: len(p)]
+        waking_N = np.log((bets_N**-0.5 - (bets_N + 1) ** -0.5) / STRATEGIES)
+        woken_NRJ = np.concatenate([self.log_awake_RJ[None], waking_N[:, None, None] - before_NRJ])
+        awake_NRJ = sums_NRJ + np.logaddexp.accumulate(woken_NRJ, axis=0)[1:]
+        last = awake_NRJ[-1] if len(p) else self.log_awake_RJ
+        return Evidence(self.bets + len(p), last), _log_values(awake_NRJ, bets_N[:, None])
 
     def to_json(self) -> dict[str, Any]:
         return {"bets": self.bets, "log_awake": [None if math.isinf(each) else float(each) for each in self.log_awake_RJ[0]]}
@@ -88,6 +99,11 @@ class Evidence(NamedTuple):
         if len(money) != STRATEGIES:
             raise ValueError(f"evidence of {len(money)} strategies, and this code bets on {STRATEGIES}")
         return cls(int(value["bets"]), np.array([money]))
+
+
+def _log_values(log_awake: Floats, bets: NDArray[np.int64]) -> Floats:
+    """log of all money, from the strategies' along the last axis and the number of bets."""
+    return np.asarray(np.logaddexp(np.logaddexp.reduce(log_awake, axis=-1), -0.5 * np.log1p(bets)), dtype=np.float64)
 
 
 def no_evidence(repetitions: int = 1) -> Evidence:

@@ -21,7 +21,7 @@ from components.detect_drift.ranks import Bag, auc
 from components.detect_drift.scores import classifier, classify
 
 FIRST_LESSON = 20  # new units before the classifier is trained at all
-LESSON_GROWTH = 1.25  # it is trained again whenever it could learn from a quarter more
+LESSON_GROWTH = 1.5  # it is trained again whenever it could learn from half as many more
 
 Arrays = dict[str, np.ndarray]
 
@@ -63,11 +63,14 @@ class Test:
     def alarmed(self) -> bool:
         return not self.highest < self.limit
 
-    def _bet(self, key: str, p: float, score: float) -> Bet:
+    def _bet(self, ranked: Sequence[tuple[str, float, float]]) -> list[Bet]:
+        """Bets on (key, p-value, score) of each unit in order."""
         before = self.log_evidence
-        self.evidence = self.evidence.bet([p])
-        self.highest = max(self.highest, self.log_evidence)
-        return Bet(key, p, score, self.log_evidence - before)
+        self.evidence, values_N1 = self.evidence.bets_on(np.array([[p] for _, p, _ in ranked]).reshape(-1, 1))
+        values = values_N1[:, 0]
+        self.highest = max(self.highest, values.max(initial=0.0))
+        gains = np.diff(values, prepend=before)
+        return [Bet(key, p, score, float(gain)) for (key, p, score), gain in zip(ranked, gains, strict=True)]
 
     def facts(self) -> dict[str, Any]:
         """What goes into the state's JSON."""
@@ -93,13 +96,14 @@ class Ranked(Test):
 
     def look(self, keys: Sequence[str], categories: Sequence[str], scores: Floats) -> list[Bet]:
         """Ranks new units in order and bets on each."""
-        bets = []
-        for key, category, score in zip(keys, categories, scores, strict=True):
-            p = self._bag.test(category, float(score), chance(f"tie of {self.name}", key))
-            bets.append(self._bet(key, p, float(score)))
+        values = [float(each) for each in scores]
+        ranked = [
+            (key, self._bag.test(category, score, chance(f"tie of {self.name}", key)), score)
+            for key, category, score in zip(keys, categories, values, strict=True)
+        ]
         self._categories += categories
-        self._scores += [float(each) for each in scores]
-        return bets
+        self._scores += values
+        return self._bet(ranked)
 
     def effect(self) -> tuple[float, float, float]:
         """Probability that a new unit scores higher than a reference unit, with its interval."""
@@ -139,7 +143,7 @@ class Learned(Test):
 
     def look(self, keys: Sequence[str], categories: Sequence[str], points_NC: Floats) -> list[Bet]:
         """Learns from half of the units, and ranks the others in order; before the first lesson they only join the bag."""
-        bets = []
+        ranked = []
         for key, category, point in zip(keys, categories, points_NC, strict=True):
             if chance(f"side of {self.name}", key) <= 0.5:
                 self._new.append(point)
@@ -149,10 +153,10 @@ class Learned(Test):
             if self._beta is not None:
                 score = float(classify(point[None], self._beta)[0])
                 p = self._bag.test(category, score, chance(f"tie of {self.name}", key))
-                bets.append(self._bet(key, p, score))
+                ranked.append((key, p, score))
             self._categories.append(category)
             self._points.append(point)
-        return bets
+        return self._bet(ranked)
 
     def _learn(self, units: int) -> None:
         """Trains on the first so many new units, and scores the bag anew."""
