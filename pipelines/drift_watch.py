@@ -43,21 +43,25 @@ def drift_watch(
         data = ingest_rankings(config=ingest_rankings_config, rankings=rankings, fingerprint=rankings_fingerprint)
         drift = detect_drift(config=detect_drift_config, snapshot_uri=data.outputs["snapshot_uri"])
         drift.set_caching_options(False)  # depends on who is champion, and on what was looked at before
-        with dsl.If(drift.outputs["decision"] == "retrain", name="retrain"):
-            rlhf(
-                rankings=rankings,
-                method=method,
-                rankings_fingerprint=rankings_fingerprint,
-                demonstrations=demonstrations,
-                sft_fingerprint=sft_fingerprint,
-                pretraining=pretraining,
-                pretraining_fingerprint=pretraining_fingerprint,
-                ingest_rankings_config=ingest_rankings_config,
-                validate_data_config=validate_data_config,
-                train_sft_config=train_sft_config,
-                train_reward_model_config=train_reward_model_config,
-                ppo_finetune_config=ppo_finetune_config,
-                dpo_finetune_config=dpo_finetune_config,
-                evaluate_config=evaluate_config,
-                register_model_config=register_model_config,
-            )
+        # KFP 2.17's local runner cannot read a task's named output in the condition of a lone branch beside that task: it warns,
+        # skips the branch and succeeds. Within a branch the output is an input, so the outer branch, which is always taken, is
+        # there for the inner one's sake.
+        with dsl.If(rankings != "", name="looked"):
+            with dsl.If(drift.outputs["decision"] == "retrain", name="retrain"):
+                rlhf(
+                    rankings=rankings,
+                    method=method,
+                    rankings_fingerprint=rankings_fingerprint,
+                    demonstrations=demonstrations,
+                    sft_fingerprint=sft_fingerprint,
+                    pretraining=pretraining,
+                    pretraining_fingerprint=pretraining_fingerprint,
+                    ingest_rankings_config=ingest_rankings_config,
+                    validate_data_config=validate_data_config,
+                    train_sft_config=train_sft_config,
+                    train_reward_model_config=train_reward_model_config,
+                    ppo_finetune_config=ppo_finetune_config,
+                    dpo_finetune_config=dpo_finetune_config,
+                    evaluate_config=evaluate_config,
+                    register_model_config=register_model_config,
+                )

@@ -8,8 +8,9 @@ Alone:    python -m components.register_model --candidate-uri s3://… --reward-
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
@@ -19,7 +20,10 @@ from components.rlhf.gate import decide
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
 from components.services.storage import MARKER, join
-from components.services.tracking import client, mlflow_errors
+from components.services.tracking import PARENT_VARIABLE, client, mlflow_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +78,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         context, config.reward_model_name, "text-classification", "reward_model_uri", inputs.reward_model_uri, reward_tags, ""
     )
     tags["reward_model_version"] = reward_version
+    if reason := retrain_reason(registry):
+        tags["retrain_reason"] = reason
     version = _version(context, config.policy_name, "text-generation", "policy_uri", inputs.candidate_uri, tags, text)
     champion = champion_of(registry, config.policy_name)
 
@@ -111,6 +117,15 @@ def final_gate(passed_in: str, evaluation: Mapping[str, Any], decided: str) -> s
     if against:
         _log.warning("not promoted: the gate is not passed by %s", ", ".join(against))
     return "fail" if against else "pass"
+
+
+def retrain_reason(registry: MlflowClient) -> str:
+    """Why the drift watch started this pipeline run, or "" if it did not."""
+    parent = os.environ.get(PARENT_VARIABLE, "")
+    if not parent:
+        return ""
+    with mlflow_errors():
+        return str(registry.get_run(parent).data.tags.get("rankloop.retrain_reason", ""))
 
 
 def _version(context: Context, name: str, task: Any, tag: str, uri: str, tags: Mapping[str, str], text: str) -> str:

@@ -1,4 +1,4 @@
-"""The drift watch by simulation: false alarms in a year without drift, and how soon drifts are noticed; beside Evidently's text drift.
+"""The drift watch by simulation: false alarms in a year without drift, delay of an alarm after one; beside Evidently's text drift.
 
     python -m tests.benchmarks.drift --home FOLDER --repetitions 500
     python -m tests.benchmarks.drift --home FOLDER --evidently /path/to/its/venv/bin/python

@@ -1,7 +1,7 @@
 """Rankings for the simulation of drift: a pool of ordinary ones and one of each drift, read once by the champion's models.
 
 The pools are made by the simulated world's grammar and, for the new topic, by one about cooking that shares no noun with it. The
-models are the profile `tiny`'s, trained on other rankings than these.
+models are those of the profile `tiny` with 64 hidden units instead of 160, trained on other rankings than these.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def make_pools(home: Path, ordinary: int, drifted: int) -> dict[str, Pool]:
         "longer": lambda: longer(drifted, 1002),
         "learned": lambda: iter(()),
     }
-    profile = load("tiny", [], 0)
+    profile = load("tiny", ["train_sft.hidden=64", "train_sft.heads=2"], 0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rankings(folder / "rankings.jsonl.gz", LEARNED, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from fractions import Fraction
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -53,21 +54,24 @@ def test_many_bets_at_once_are_as_one_after_the_other() -> None:
     assert nothing.bets == last.bets == 40
 
 
-def test_its_expectation_is_one_by_enumerating_all_orders() -> None:
-    """All 24 orders of 4 units, two of them reference, and 40 x 40 tie breakers: the mean of E is 1, with ties, too."""
-    thetas = (np.arange(40) + 0.5) / 60
-    for values in ((1.0, 2.0, 3.0, 4.0), (1.0, 1.0, 2.0, 2.0)):
-        total = []
-        for order in permutations(values):
-            places = []
-            for n in (2, 3):
-                greater = sum(each > order[n] for each in order[:n])
-                equal = sum(each == order[n] for each in order[:n])
-                places.append(np.array([p_value(greater, equal, n, theta) for theta in thetas]))
-            a, b = (each.ravel() for each in np.meshgrid(*places))
-            total.append(np.exp(no_evidence(len(a)).bet(a).bet(b).log_value_R).mean())
-        # 60 tie breakers stand for a continuum: the step at p = 0.005 is hit a little too seldom or too often
-        assert np.mean(total) == pytest.approx(1, abs=0.02)
+@pytest.mark.parametrize("values", [(1.0, 2.0, 3.0, 4.0), (1.0, 1.0, 2.0, 2.0)])
+def test_its_expectation_is_one_by_enumerating_all_orders(values: tuple[float, ...]) -> None:
+    """All 24 orders of 4 units, two of them reference, and 250 x 250 tie breakers: the mean of E is 1, with ties, too."""
+    u = (np.arange(250) + 0.5) / 250
+    thetas, weights = u ** (1 / POWERS[0]), u ** (1 / POWERS[0] - 1) / POWERS[0] / 250  # dense near 0, where densities are high
+
+    @cache
+    def mean_after(places: tuple[tuple[int, int, int], ...]) -> float:
+        (a, b), (first, second) = np.meshgrid(*[p_value(*place, thetas) for place in places]), np.meshgrid(weights, weights)
+        values = no_evidence(a.size).bet(a.ravel()).bet(b.ravel()).log_value_R
+        return float((np.exp(values) * (first * second).ravel()).sum())
+
+    def place(order: tuple[float, ...], n: int) -> tuple[int, int, int]:
+        return sum(each > order[n] for each in order[:n]), sum(each == order[n] for each in order[:n]), n
+
+    means = [mean_after((place(order, 2), place(order, 3))) for order in permutations(values)]
+    assert max(means) > 1.5
+    assert np.mean(means) == pytest.approx(1, abs=0.01)
 
 
 def test_the_ranks_of_a_bag_are_uniform_and_independent_by_enumeration() -> None:
@@ -96,9 +100,9 @@ def test_a_p_value_is_in_the_unit_interval_and_falls_with_the_score(scores: list
 
 
 def test_false_alarms_over_many_looks_stay_below_alpha_with_a_small_reference() -> None:
-    """400 streams of 300 units against references of 50, watched after every unit: the trap of a finite reference."""
+    """300 streams of 250 units against references of 50, watched after every unit: the trap of a finite reference."""
     generator = np.random.default_rng(0)
-    streams, reference, units = 400, 50, 300
+    streams, reference, units = 300, 50, 250
     scores = generator.normal(size=(streams, reference + units))
     evidence, highest = no_evidence(streams), np.zeros(streams)
     for n in range(reference, reference + units):
@@ -112,7 +116,7 @@ def test_false_alarms_over_many_looks_stay_below_alpha_with_a_small_reference() 
         p = ((scores[:, :reference] > scores[:, n, None]).sum(1) + generator.uniform(size=streams)) / (reference + 1)
         fixed = fixed.bet(p)
         alarms |= fixed.log_value_R >= math.log(20)
-    assert alarms.mean() > 0.15
+    assert alarms.mean() > 0.1
 
 
 def test_a_drift_that_begins_late_costs_what_the_prior_says() -> None:
