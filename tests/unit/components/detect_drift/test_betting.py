@@ -56,9 +56,9 @@ def test_many_bets_at_once_are_as_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("values", [(1.0, 2.0, 3.0, 4.0), (1.0, 1.0, 2.0, 2.0)])
 def test_its_expectation_is_one_by_enumerating_all_orders(values: tuple[float, ...]) -> None:
-    """All 24 orders of 4 units, two of them reference, and 250 x 250 tie breakers: the mean of E is 1, with ties, too."""
-    u = (np.arange(250) + 0.5) / 250
-    thetas, weights = u ** (1 / POWERS[0]), u ** (1 / POWERS[0] - 1) / POWERS[0] / 250  # dense near 0, where densities are high
+    """All 24 orders of 4 units, two of them reference, and 60 x 60 tie breakers: the mean of E is 1, with ties, too."""
+    u = (np.arange(60) + 0.5) / 60
+    thetas, weights = u ** (1 / POWERS[0]), u ** (1 / POWERS[0] - 1) / POWERS[0] / 60  # dense near 0, where densities are high
 
     @cache
     def mean_after(places: tuple[tuple[int, int, int], ...]) -> float:
@@ -71,7 +71,7 @@ def test_its_expectation_is_one_by_enumerating_all_orders(values: tuple[float, .
 
     means = [mean_after((place(order, 2), place(order, 3))) for order in permutations(values)]
     assert max(means) > 1.5
-    assert np.mean(means) == pytest.approx(1, abs=0.01)
+    assert np.mean(means) == pytest.approx(1, abs=0.02)
 
 
 def test_the_ranks_of_a_bag_are_uniform_and_independent_by_enumeration() -> None:
