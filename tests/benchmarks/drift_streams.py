@@ -27,6 +27,7 @@ from pipelines.profile import load
 from tests.benchmarks.methods import run_stage
 
 TEST_FRACTION = 0.15
+SMALLER = ["train_sft.hidden=64", "train_sft.heads=2", "train_sft.threads=1", "train_reward_model.threads=1"]
 LEARNED = 3000  # rankings that the models learned from
 FIRST_DAY = datetime(2026, 1, 1, tzinfo=UTC)
 DISHES = "bread soup omelette lasagne risotto pancakes goulash curry dumplings stew pie salad".split()
@@ -106,7 +107,7 @@ def make_pools(home: Path, ordinary: int, drifted: int) -> dict[str, Pool]:
         "longer": lambda: longer(drifted, 1002),
         "learned": lambda: iter(()),
     }
-    profile = load("tiny", ["train_sft.hidden=64", "train_sft.heads=2"], 0)
+    profile = load("tiny", SMALLER, 0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rankings(folder / "rankings.jsonl.gz", LEARNED, 0)
