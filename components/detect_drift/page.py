@@ -103,7 +103,7 @@ def _summary(document: Mapping[str, Any]) -> Section:
         [
             f"Evidence is the logarithm of a betting game's wealth that began with 1. If nothing changes, the probability that any "
             f"of these tests ever reaches its limit is at most {alpha:g} in all, however often they are looked at.",
-            "Effect: the probability that a new unit scores higher than a reference unit, with a 95 % interval; 0.5 is none. "
+            "Effect: the probability that a new unit scores higher than a reference unit, with a 95 % interval; 0.5 is no effect. "
             "Evidence says whether there is a drift, the effect how large it is.",
         ],
         [Table("", columns, rows), *([Table("Not watched", ["test", "why"], missing)] if missing else [])],
