@@ -13,6 +13,7 @@ ranks of its own test, and need not be given those of the others.
 
 from __future__ import annotations
 
+import heapq
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -208,9 +209,9 @@ class Watch:
         kinds = [unit.dated.ranking.split if by_split else "" for unit in units]
         bets = self.tests[name].look([unit.key for unit in units], kinds, np.asarray(scores, dtype=np.float64))
         found = {unit.key: unit.dated for unit in units}
-        new = [example(bet, found[bet.key]) for bet in bets]
-        kept = sorted(self.examples.get(name, []) + new, key=lambda each: -each["gain"])[:EXAMPLES]
-        self.examples[name] = kept
+        new = [example(bet, found[bet.key]) for bet in heapq.nlargest(EXAMPLES, bets, key=lambda bet: bet.gain)]
+        kept = self.examples.get(name, []) + new
+        self.examples[name] = sorted(kept, key=lambda each: -each["gain"])[:EXAMPLES]
 
     @property
     def alarms(self) -> list[str]:
