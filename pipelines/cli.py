@@ -1,4 +1,4 @@
-"""The command line: `rankloop run`, `compile`, `services`, `models`."""
+"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from components.services.exits import EXIT_INTERRUPTED, StageFailure
+from components.services.exits import EXIT_INTERRUPTED, DoNotRetry, StageFailure
 from pipelines import models
 from pipelines.display import Home, console_of
 
@@ -66,15 +66,42 @@ def run(
 
 
 @app.command()
+def watch(
+    rankings: Annotated[str, typer.Option(help="File, folder, s3://bucket/prefix or hf://name: all rankings, old and new.")],
+    profile: Annotated[str, typer.Option(help="Profile: a name (tiny, smollm2, llm-1b, llm-8b) or a YAML file.")] = "tiny",
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A stage's setting, as stage.key=value; repeatable.", metavar="STAGE.KEY=VALUE"),
+    ] = None,
+    method: Annotated[str, typer.Option(help="What fine-tunes the policy in a retrain: ppo, dpo or both.")] = "",
+    home: Home = None,
+) -> None:
+    """Looks whether the rankings that are new since the champion are still like its own, and retrains if not. Run it on a schedule.
+
+    `--set detect_drift.dry_run=true` only looks. Exit codes are those of `rankloop run`; waiting is a success.
+    """
+    from pipelines import laptop
+    from pipelines import profile as profile_file
+    from pipelines.local_services import default_home
+
+    resolved = profile_file.load(profile, assignments or (), None, method)
+    sources = laptop.Sources(_absolute(rankings), "", "")
+    raise typer.Exit(laptop.run(resolved, sources, home or default_home(), False, console_of(), "drift_watch"))
+
+
+@app.command()
 def compile(
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("rlhf.yaml"),
+    graph: Annotated[str, typer.Option(help="rlhf, or drift_watch: to be scheduled, runs rlhf if the rankings drifted.")] = "rlhf",
 ) -> None:
-    """Writes the graph as KFP v2 YAML, ready to upload to a Kubeflow cluster."""
+    """Writes a graph as KFP v2 YAML, ready to upload to a Kubeflow cluster."""
     from kfp import compiler
 
-    from pipelines.rlhf import rlhf
+    from pipelines.local_run import GRAPHS
 
-    compiler.Compiler().compile(rlhf, str(output))
+    if graph not in GRAPHS:
+        raise DoNotRetry(f"unknown graph {graph!r}; known: {', '.join(GRAPHS)}")
+    compiler.Compiler().compile(GRAPHS[graph], str(output))
     console_of().print(f"wrote {output}", highlight=False)
 
 

@@ -19,6 +19,7 @@ Home = Annotated[
 # What a stage's line shows of its summary; everything else is in MLflow.
 SHOWN = {
     "ingest_rankings": ("read", "accepted", "duplicates", "quarantined"),
+    "detect_drift": ("decision", "reason"),
     "validate_data": ("gate", "rankings", "raters", "prompts"),
     "train_sft": ("examples", "loss", "test_loss"),
     "train_reward_model": ("rankings", "reward_accuracy", "judge_accuracy"),

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
@@ -35,7 +36,10 @@ from components.register_model.versions import (
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
 from components.services.storage import MARKER, join
-from components.services.tracking import client
+from components.services.tracking import PARENT_VARIABLE, client, mlflow_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 _log = logging.getLogger(__name__)
 
@@ -129,6 +133,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     )
     companion = (config.reward_model_name, _version(context, registry, reward))
     tags |= {"reward_model_name": companion[0], "reward_model_version": companion[1]}
+    if reason := retrain_reason(mlflow):
+        tags["retrain_reason"] = reason
     # A server answers as the policy did when it was judged.
     drawn = {key: evaluation["config"][key] for key in ("max_new_tokens", "temperature") if key in evaluation.get("config", {})}
     policy = Model(
@@ -172,6 +178,15 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
 def rolled_back(registry: Registry, version: str) -> bool:
     return bool(registry.tags(version).get(ROLLED_BACK_TAG))
+
+
+def retrain_reason(mlflow: MlflowClient) -> str:
+    """Why the drift watch started this pipeline run, or "" if it did not."""
+    parent = os.environ.get(PARENT_VARIABLE, "")
+    if not parent:
+        return ""
+    with mlflow_errors():
+        return str(mlflow.get_run(parent).data.tags.get("rankloop.retrain_reason", ""))
 
 
 def _version(context: Context, registry: Registry, model: Model) -> str:

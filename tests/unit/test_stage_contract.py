@@ -13,7 +13,7 @@ import pytest
 
 import components
 from components.services.launch import Settings, key_of
-from pipelines import STAGES
+from pipelines.profile import CONFIGURED as STAGES
 
 FOLDER = Path(components.__file__).parent
 EVERY = (*STAGES, "close_run", "stop_run")

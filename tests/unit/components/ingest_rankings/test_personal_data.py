@@ -124,7 +124,14 @@ def values(text: str, region: str = "") -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("kind", "value"), [(kind, value) for kind, each in FOUND.items() for value in each])
 def test_found_alone_and_in_a_sentence(kind: str, value: str) -> None:
-    for text in (value, f"Take {value}.", f"({value})", f"first\n{value}\nlast", f"Take “{value}”, it is one", f"In 2024 {value}, ok?"):
+    for text in (
+        value,
+        f"Take {value}.",
+        f"({value})",
+        f"first\n{value}\nlast",
+        f"Take “{value}”, it is one",
+        f"In 2024 {value}, ok?",
+    ):
         assert values(text) == [(kind, value)]
 
 
@@ -136,7 +143,14 @@ def test_not_found(text: str) -> None:
 
 
 def test_assigned_keys() -> None:
-    for text in ("api_key = '%s'", "API-KEY: %s.", '{"access_token": "%s"}', "the secret is `%s`", "Authorization: Bearer %s", "TOKEN=%s"):
+    for text in (
+        "api_key = '%s'",
+        "API-KEY: %s.",
+        '{"access_token": "%s"}',
+        "the secret is `%s`",
+        "Authorization: Bearer %s",
+        "TOKEN=%s",
+    ):
         for value in (RANDOM, "0123456789abcdef" * 2, "wJalrXUtnFEMI/K7MDENG/bPxRfiCY3dK1uL9wQz"):
             assert values(text % value) == [("key", value)], text
     assert values(f"the commit is {RANDOM}") == []
@@ -396,6 +410,21 @@ def test_what_is_nested_too_deeply_to_be_looked_at_is_not_copied() -> None:
 def test_time_grows_with_the_text_not_faster() -> None:
     """Texts that make a careless pattern look at every pair of places; each took less than a second when this was written."""
     size = 200_000
-    for piece in ("a", "@", "a@", "a.", "eyJ", "-eyJ-", "-----BEGIN PRIVATE KEY-----", "1 ", "1-", "+1", "(1", "4111 ", "token=", "://u:1"):
+    for piece in (
+        "a",
+        "@",
+        "a@",
+        "a.",
+        "eyJ",
+        "-eyJ-",
+        "-----BEGIN PRIVATE KEY-----",
+        "1 ",
+        "1-",
+        "+1",
+        "(1",
+        "4111 ",
+        "token=",
+        "://u:1",
+    ):
         find(piece * (size // len(piece)), "US")
     find(f"{RANDOM}@" * 5000 + "jane@example.org " * 5000, "")
