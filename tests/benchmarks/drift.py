@@ -35,7 +35,7 @@ REFERENCE, PER_DAY, YEAR, QUIET_DAYS = 1000, 20, 365, 30
 ALPHA = 0.05
 ORDINARY, DRIFTED = 9500, 1500  # rankings in the pools
 LONGEST_DAYS = 60  # after a drift began
-EVIDENTLY_STREAMS, EVIDENTLY_DAYS = 2, 73  # without drift; a look takes it five seconds
+EVIDENTLY_STREAMS, EVIDENTLY_DAYS = 10, 10  # without drift; a look takes it five seconds
 CHANCE = watch.chance
 
 
@@ -136,20 +136,20 @@ def _joined(pools: dict[str, Pool]) -> Pool:
     return _JOINED[0]
 
 
-def false_alarms(pools: dict[str, Pool], repetitions: int, learned: bool = False) -> dict[str, Any]:
+def false_alarms(pools: dict[str, Pool], repetitions: range, learned: bool = False) -> dict[str, Any]:
     """Repetitions of a year in which any test ever reached its limit. Every ranking is a look: more looks than one a day."""
     alarmed, tests = 0, Counter[str]()
     started = time.monotonic()
-    for repetition in range(repetitions):
+    for done, repetition in enumerate(repetitions, 1):
         stream = draw(pools, repetition, YEAR, learned=learned)
         tests_of, known, eyes = begin(pools, stream, repetition)
         tests_of.look([one for day in stream.days for one in day], known, eyes)
         alarmed += bool(tests_of.alarms)
         tests.update(tests_of.alarms)
-        if repetition in (0, 9) or repetition % 50 == 49:
-            print(f"{repetition + 1}: {alarmed} false alarms, {dict(tests)}, {time.monotonic() - started:.0f} s", flush=True)
-    value, low, high = wilson_interval(alarmed, repetitions)
-    return {"repetitions": repetitions, "alarmed": alarmed, "share": value, "low": low, "high": high, "tests": dict(tests)}
+        if done in (1, 10) or done % 50 == 0:
+            print(f"{done}: {alarmed} false alarms, {dict(tests)}, {time.monotonic() - started:.0f} s", flush=True)
+    value, low, high = wilson_interval(alarmed, len(repetitions))
+    return {"repetitions": len(repetitions), "alarmed": alarmed, "share": value, "low": low, "high": high, "tests": dict(tests)}
 
 
 def delays(pools: dict[str, Pool], drift: Drift, repetitions: int) -> dict[str, Any]:
@@ -228,6 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, required=True, help="keeps servers' data, models and what they read")
     parser.add_argument("--repetitions", type=int, default=500, help="years without drift")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of them: a long study in parts")
     parser.add_argument("--learned", type=int, default=100, help="of them with a reference that the models learned from, besides")
     parser.add_argument("--delays", type=int, default=100, help="repetitions of each drift; with --evidently 10 are plenty")
     parser.add_argument("--evidently", default="", help="Python of an environment with evidently==0.7.23; then only that is run")
@@ -240,8 +241,8 @@ def main() -> None:
         return
     for drift in DRIFTS if a.delays else ():
         print(json.dumps(delays(pools, drift, a.delays)), flush=True)
-    print("no drift:", json.dumps(false_alarms(pools, a.repetitions)), flush=True)
-    print("no drift, learned reference:", json.dumps(false_alarms(pools, a.learned, learned=True)), flush=True)
+    print("no drift:", json.dumps(false_alarms(pools, range(a.first, a.first + a.repetitions))), flush=True)
+    print("no drift, learned reference:", json.dumps(false_alarms(pools, range(a.learned), learned=True)), flush=True)
 
 
 if __name__ == "__main__":
