@@ -174,9 +174,9 @@ def check_region(region: str) -> None:
         raise ValueError(f"no numbering plan of {region!r}; give a country as two capital letters (ISO 3166), such as DE or US")
 
 
-def _international(text: str) -> Iterator[tuple[int, int]]:
+def _international(text: str, taken: bytearray) -> Iterator[tuple[int, int]]:
     for start in _INTERNATIONAL.finditer(text):
-        yield from _phone_at(text, start.start(), None, Leniency.VALID)
+        yield from _phone_at(text, start.start(), None, Leniency.VALID, taken)
 
 
 def _national(text: str, region: str, taken: bytearray) -> Iterator[tuple[int, int]]:
@@ -184,11 +184,12 @@ def _national(text: str, region: str, taken: bytearray) -> Iterator[tuple[int, i
     and in any groups a row of a table."""
     for found in _NATIONAL.finditer(text):
         if not taken[found.start()] and (found[0].startswith("0") or not found[0].isdecimal()):
-            yield from _phone_at(text, found.start(), region, Leniency.STRICT_GROUPING)
+            yield from _phone_at(text, found.start(), region, Leniency.STRICT_GROUPING, taken)
 
 
-def _phone_at(text: str, start: int, region: str | None, leniency: int) -> Iterator[tuple[int, int]]:
-    part = text[start : start + _NUMBER_CHARACTERS]
+def _phone_at(text: str, start: int, region: str | None, leniency: int, taken: bytearray) -> Iterator[tuple[int, int]]:
+    stop = taken.find(1, start, start + _NUMBER_CHARACTERS)  # a card behind it is not its extension
+    part = text[start : stop if stop >= 0 else start + _NUMBER_CHARACTERS]
     for match in PhoneNumberMatcher(part, region, leniency=leniency):
         if match.start == 0:
             yield start, start + match.end
@@ -229,6 +230,6 @@ def _finders(text: str, look: _Look, region: str, taken: bytearray) -> Iterator[
         yield "iban", _ibans(text)
         yield "card", _cards(text)
     if look.plus:
-        yield "phone", _international(text)
+        yield "phone", _international(text, taken)
     if look.digits and region:
         yield "phone", _national(text, region, taken)
