@@ -137,7 +137,9 @@ def matrix(title: str, names: Sequence[str], shares: Sequence[Sequence[float]]) 
     if not np.isfinite(values).any():
         return Markup("")
     figure, axes = _figure(title, "", "", height=1.4 + 0.27 * len(names), width=max(WIDTH_INCHES, 1.9 + 0.34 * len(names)))
-    axes.imshow(values, vmin=0, vmax=1, cmap="PuOr_r")
+    edges = np.arange(len(names) + 1) - 0.5
+    axes.pcolormesh(edges, edges, np.ma.masked_invalid(values), vmin=0, vmax=1, cmap="PuOr_r", edgecolors="white", linewidth=0.5)
+    axes.invert_yaxis()
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
             colour = "white" if abs(value - 0.5) > 0.35 else "black"
@@ -146,6 +148,7 @@ def matrix(title: str, names: Sequence[str], shares: Sequence[Sequence[float]]) 
     axes.set_xticks(range(len(names)), short, rotation=90, fontsize=8)
     axes.set_yticks(range(len(names)), short, fontsize=8)
     axes.grid(visible=False)
+    axes.set_aspect("equal")
     return _svg(figure, title)
 
 

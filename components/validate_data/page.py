@@ -21,6 +21,7 @@ _PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
 td, th { border: 1px solid #d0d7de; padding: .4rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
+th { white-space: nowrap }
 .pass { color: #1a7f37 } .fail { color: #cf222e; font-weight: 600 } .warn { color: #9a6700; font-weight: 600 }
 .not { color: #57606a }
 details { margin-top: 2rem } summary { cursor: pointer; font-weight: 600 }

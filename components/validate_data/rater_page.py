@@ -29,7 +29,7 @@ def rater_report(facts: Facts, checks: Sequence[Check], snapshot_uri: str) -> st
     if not raters:
         banners = [("note", "No ranking says who made it: of raters nothing is known.")]
     banners += [
-        ("fail" if check.verdict == "fail" else "simulated", f"{check.name}: {check.value}, expected {check.threshold}")
+        (check.verdict, f"{check.name}: {check.value}, expected {check.threshold}")
         for check in checks
         if check.verdict in ("warn", "fail") and check.column in (*_COLUMNS, *_OF_RATERS, *_BIASES)
     ]
