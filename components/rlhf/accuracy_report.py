@@ -11,17 +11,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from components.rlhf.agreement import agreement_by_prompt, human_ceiling, votes_of
 from components.rlhf.records import Ranking, prompt_key
 from components.rlhf.statistics import (
     Estimate,
     Floats,
-    accuracy_ceiling,
     as_json,
     cluster_share,
     expected_calibration_error,
@@ -221,41 +220,17 @@ def _length_correlations(scored: Sequence[ScoredRanking]) -> dict[str, float | N
 
 def _human(scored: Sequence[ScoredRanking], overall: dict[str, Any], seed: int, resamples: int) -> dict[str, Any]:
     """Agreement of raters who ordered the same two completions of a prompt by the same criterion, and the ceiling it sets."""
-    same_task: dict[tuple[str, str | None], list[Ranking]] = defaultdict(list)
-    for each in scored:
-        same_task[prompt_key(each.ranking.prompt), each.ranking.criterion].append(each.ranking)
-    agreed: dict[str, float] = defaultdict(float)
-    compared: dict[str, int] = defaultdict(int)
-    for (key, _), rankings in same_task.items():
-        for a, b in combinations(rankings, 2):
-            if a.rater_id == b.rater_id:
-                continue
-            ours, theirs = _preferences(a), _preferences(b)
-            both = [pair for pair in ours if pair in theirs or pair[::-1] in theirs]
-            agreed[key] += sum(pair in theirs for pair in both)
-            compared[key] += len(both)
-    keys = list(compared)
-    agreement = cluster_share([agreed[k] for k in keys], [compared[k] for k in keys], seed, resamples)
-    low, high = accuracy_ceiling(agreement.value)
+    found = human_ceiling(agreement_by_prompt(votes_of(each.ranking for each in scored)), seed, resamples)
+    low, high, agreement = found["ceiling_low"], found["ceiling_high"], found["agreement"]
     value = overall["value"]
-    above = math.isfinite(high) and value is not None and value > high
-    if not math.isfinite(high):
+    above = high is not None and value is not None and value > high
+    if high is None:
         sentence = "No two raters ordered the same completions of a prompt, so the human ceiling is not known."
     elif above:
         sentence = (
             f"Accuracy {value:.3f} is above the human ceiling {high:.3f}: a leak of test rankings into training until proven "
-            f"otherwise (agreement {agreement.value:.3f} from {sum(compared.values())} pairs)."
+            f"otherwise (agreement {agreement['value']:.3f} from {agreement['pairs']} pairs)."
         )
     else:
         sentence = f"A perfect model would reach between {low:.3f} and {high:.3f}, by the agreement of the raters."
-    return {
-        "agreement": {**as_json(agreement), "pairs": sum(compared.values())},
-        "ceiling_low": finite(low),
-        "ceiling_high": finite(high),
-        "above_ceiling": above,
-        "sentence": sentence,
-    }
-
-
-def _preferences(ranking: Ranking) -> set[tuple[str, str]]:
-    return {(ranking.completions[i], ranking.completions[j]) for i, j in ranking.pairs()}
+    return {**found, "above_ceiling": above, "sentence": sentence}

@@ -131,9 +131,32 @@ def reliability_plot(title: str, bins: Sequence[Mapping[str, float]]) -> Markup:
     return _svg(figure, title)
 
 
-def _figure(title: str, x_label: str, y_label: str, height: float = HEIGHT_INCHES) -> tuple[Figure, Any]:
+def matrix(title: str, names: Sequence[str], shares: Sequence[Sequence[float]]) -> Markup:
+    """A square of shares in [0, 1] as coloured cells with their per cent; NaN cells stay empty. Empty without any number."""
+    values = np.asarray(shares, dtype=np.float64)
+    if not np.isfinite(values).any():
+        return Markup("")
+    figure, axes = _figure(title, "", "", height=1.4 + 0.27 * len(names), width=max(WIDTH_INCHES, 1.9 + 0.34 * len(names)))
+    edges = np.arange(len(names) + 1) - 0.5
+    axes.pcolormesh(edges, edges, np.ma.masked_invalid(values), vmin=0, vmax=1, cmap="PuOr_r", edgecolors="white", linewidth=0.5)
+    axes.invert_yaxis()
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            colour = "white" if abs(value - 0.5) > 0.35 else "black"
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    short = [_short(name) for name in names]
+    axes.set_xticks(range(len(names)), short, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(names)), short, fontsize=8)
+    axes.grid(visible=False)
+    axes.set_aspect("equal")
+    return _svg(figure, title)
+
+
+def _figure(
+    title: str, x_label: str, y_label: str, height: float = HEIGHT_INCHES, width: float = WIDTH_INCHES
+) -> tuple[Figure, Any]:
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(title, fontsize=10.5, loc="left")
         axes.set_xlabel(x_label)

@@ -73,7 +73,7 @@ def render_page(
     Args:
         title: heading, and the browser's title.
         subtitle: one line below it.
-        banners: (kind, text) with kind "pass", "fail", "simulated" or "note".
+        banners: (kind, text) with kind "pass", "warn", "fail", "simulated" or "note".
         sections: in order.
         samples: the table at the end, if any.
     """
@@ -119,7 +119,7 @@ def format_cell(value: Cell) -> str:
 def _cell_class(value: Cell, sample: bool = False) -> str:
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return "number"
-    if value in ("pass", "fail"):
+    if value in ("pass", "warn", "fail"):
         return str(value)
     if isinstance(value, bool) or len(value) <= (12 if sample else SHORT_CHARACTERS):
         return "short"

@@ -44,7 +44,7 @@ class ReliabilityBin(NamedTuple):
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
-def wilson_interval(successes: float, trials: int) -> Estimate:
+def wilson_interval(successes: float, trials: float) -> Estimate:
     """Share of successes with Wilson's score interval, which also holds at shares of 0 and 1. NaN for no trials."""
     if trials == 0:
         return UNKNOWN

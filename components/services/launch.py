@@ -134,7 +134,7 @@ class Context:
         self.progress = Progress(stage)
         self.key = key_of(stage, config, inputs)
         self.summary: dict[str, float | str] = {}  # shown in the stage's line and in KFP's metrics
-        self.html: Path | None = None  # the stage's report, for KFP
+        self.pages: list[Path] = []  # the stage's reports, for KFP; the first one is the main one
         self._stop = threading.Event()
         self._deferred = False
 
@@ -164,8 +164,8 @@ class Context:
         return True
 
     def publish_html(self, path: Path) -> None:
-        """The stage's report: a KFP HTML artifact, and a file of the MLflow run."""
-        self.html = path
+        """A report of the stage: a KFP HTML artifact, and a file of the MLflow run."""
+        self.pages.append(path)
         self.tracker.artifact(path)
 
     # -- stopping ------------------------------------------------------------------------------------------------------
@@ -199,7 +199,12 @@ class Context:
 
 
 def launch(
-    stage: str, config: Mapping[str, Any], inputs: Mapping[str, Any], metrics: Any = None, html: Any = None
+    stage: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    metrics: Any = None,
+    html: Any = None,
+    pages: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """Runs a stage and returns its outputs; a failure ends the process with its exit code.
 
@@ -208,7 +213,8 @@ def launch(
         config: values of the stage's `Config`; missing ones take their defaults.
         inputs: values of the stage's `Inputs`.
         metrics: KFP `Metrics` artifact that receives the stage's summary, or None.
-        html: KFP `HTML` artifact that receives the stage's report, or None.
+        html: KFP `HTML` artifact that receives the stage's report (the first one), or None.
+        pages: KFP `HTML` artifacts for further reports, by the names of their files.
     """
     _set_waiting()
     _set_caches()
@@ -237,9 +243,12 @@ def launch(
             # KFP's local cache takes a result without this file for lost and runs the stage again.
             Path(metrics.path).parent.mkdir(parents=True, exist_ok=True)
             Path(metrics.path).write_text(json.dumps(context.summary), encoding="utf-8")
-        if html is not None and context.html is not None:
-            Path(html.path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(context.html, html.path)
+        wanted = dict(pages or {})
+        for place, page in enumerate(context.pages):
+            artifact = html if place == 0 else wanted.get(page.name)
+            if artifact is not None:
+                Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(page, artifact.path)
         progress.event(
             "end",
             seconds=time.monotonic() - started,

@@ -14,7 +14,9 @@ def validate_data(
     ingest_uri: str,
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
-) -> NamedTuple("Outputs", gate=str, reason=str):  # type: ignore[valid-type]
+    rater_report: dsl.Output[dsl.HTML],
+) -> NamedTuple("Outputs", gate=str, reason=str, warnings=str):  # type: ignore[valid-type]
     from components.services.launch import launch
 
-    return launch("validate_data", config, {"snapshot_uri": snapshot_uri, "ingest_uri": ingest_uri}, metrics=metrics, html=report)
+    inputs = {"snapshot_uri": snapshot_uri, "ingest_uri": ingest_uri}
+    return launch("validate_data", config, inputs, metrics=metrics, html=report, pages={"rater_report.html": rater_report})

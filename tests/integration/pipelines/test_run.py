@@ -148,7 +148,11 @@ def test_every_stage_is_a_child_run_with_config_metrics_and_artifacts(home: Path
             assert "config.json" in names
         by_stage = {child.data.tags["rankloop.stage"]: child for child in whole}
         assert len(mlflow.get_metric_history(by_stage["ppo_finetune"].info.run_id, "reward")) == 3
-        for stage, file in (("validate_data", "data_docs.html"), ("evaluate", "report.html")):
+        for stage, file in (
+            ("validate_data", "data_docs.html"),
+            ("validate_data", "rater_report.html"),
+            ("evaluate", "report.html"),
+        ):
             assert file in {item.path for item in mlflow.list_artifacts(by_stage[stage].info.run_id)}
 
 

@@ -256,7 +256,7 @@ def test_without_champion_everything_is_published_and_logged(world: World, tmp_p
         assert row["verdict"] == "not required" or run.data.metrics[row["measure"]] == pytest.approx(row["value"])
     files = {item.path for item in client().list_artifacts(context.tracker.run_id)}
     assert {"report.html", "evaluation.json", "samples.jsonl", "probes.jsonl"} <= files
-    assert context.html is not None
+    assert context.pages
     assert context.summary["gate"] == "pass"
     assert context.summary["kl_reference"] == evaluation["measures"]["kl_reference"]["value"] > 0
 
@@ -379,7 +379,7 @@ def test_a_new_champion_makes_a_new_evaluation_and_an_old_one_is_reused(
     assert not (second.scratch / "models").exists()  # nothing was loaded
     assert {item.uri: item.etag for item in second.storage.list(first.evaluation_uri)} == etags
     assert second.summary == context.summary
-    assert second.html is not None
+    assert second.pages
     client().set_registered_model_alias(name, "champion", "1")
     against, after, _ = evaluate(tmp_path, world.inputs(), policy_name=name)
     assert against.evaluation_uri != first.evaluation_uri

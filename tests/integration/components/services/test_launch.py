@@ -7,6 +7,7 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,3 +138,18 @@ def test_the_scratch_folder_is_gone_afterwards(services: LocalServices, monkeypa
         launch("close_run", {}, {"state": "SUCCEEDED"})
     assert seen
     assert not seen[0].exists()
+
+
+def test_each_report_goes_to_its_own_artifact(services: LocalServices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: Any, inputs: Any, context: Context) -> Any:
+        for name in ("main.html", "raters.html", "third.html"):
+            (context.scratch / name).write_text(name, encoding="utf-8")
+            context.publish_html(context.scratch / name)
+        return ()
+
+    monkeypatch.setattr(stage, "run", run)
+    main, raters = (SimpleNamespace(path=str(tmp_path / name / "artifact")) for name in ("one", "two"))
+    launch("close_run", {}, {"state": "SUCCEEDED"}, html=main, pages={"raters.html": raters})
+    assert Path(main.path).read_text(encoding="utf-8") == "main.html"
+    assert Path(raters.path).read_text(encoding="utf-8") == "raters.html"
+    launch("close_run", {}, {"state": "SUCCEEDED"})  # without KFP there is nowhere to put them
