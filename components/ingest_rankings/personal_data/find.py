@@ -72,10 +72,10 @@ def may_hold(text: str, region: str) -> bool:
 # Not `A@B.mean()`, `git@host.org:path/…` nor `react@18.2.0-rc.one`.
 _DOMAIN = re.compile(r"@(?!\d+\.\d+\.)(?:[^\W_](?:[^\W_]|-){0,62}\.){1,8}[^\W\d_]{2,63}(?![\w@-])(?!(?:\.\w+)*\()(?!:[\w~.-]*/)")
 _LOCAL_CHARACTERS = 64  # of what stands before the @
-_LOCAL = re.compile(r"[\w%+](?:[\w.%+'-]*[\w%+-])?$")
+_LOCAL = re.compile(r"[\w%+](?:[\w.%+'-]*[\w%+-])?\Z")
 # https://user:password@host; a word without a digit, or in brackets, stands for a password.
 _IN_ADDRESS = re.compile(r"://[^\s:@/]{0,64}:(?P<value>(?![<{\[$*])(?=[^\s@/]*\d)[^\s:@/]{6,200})@[\w.-]", re.ASCII)
-_USER = re.compile(r"://[^\s@/]{0,64}$")
+_USER = re.compile(r"://[^\s@/]{0,64}\Z")
 
 
 def _emails(text: str) -> Iterator[tuple[int, int]]:
@@ -160,7 +160,8 @@ def _ibans(text: str) -> Iterator[tuple[int, int]]:
 # -- phone numbers ---------------------------------------------------------------------------------------------------------
 
 _INTERNATIONAL = re.compile(r"\+(?<![\w)+]\+)\(?[1-9]", re.ASCII)
-_NATIONAL = re.compile(r"[(\d](?<![\w.+/-].)(?<!\d .)[\d ()./-]{6,21}(?<=\d)(?!\w)", re.ASCII)
+_NATIONAL = re.compile(r"[(\d](?<![\w.+/-].)(?<!\d .)(?:(?<=\d)|(?=\d))[\d ()./-]{6,21}(?<=\d)(?!\w)", re.ASCII)
+_NO_GROUPS = re.compile(r"\(?\d+(?:\.\d+)?\)?|.*\. .*")  # an integer, a decimal number, or two sentences
 _NUMBER_CHARACTERS = 48  # the longest number with its separators and an extension
 
 
@@ -183,8 +184,10 @@ def _national(text: str, region: str, taken: bytearray) -> Iterator[tuple[int, i
     """Those in the groups in which the region writes them, or with the 0 of the trunk line: digits alone may be an order's number,
     and in any groups a row of a table."""
     for found in _NATIONAL.finditer(text):
-        if not taken[found.start()] and (found[0].startswith("0") or not found[0].isdecimal()):
-            yield from _phone_at(text, found.start(), region, Leniency.STRICT_GROUPING, taken)
+        if not taken[found.start()]:
+            for start, end in _phone_at(text, found.start(), region, Leniency.STRICT_GROUPING, taken):
+                if text[start] == "0" or not _NO_GROUPS.fullmatch(text, start, end):
+                    yield start, end
 
 
 def _phone_at(text: str, start: int, region: str | None, leniency: int, taken: bytearray) -> Iterator[tuple[int, int]]:
