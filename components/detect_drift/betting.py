@@ -25,12 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-STEP_SHARES = (
-    0.1,
-    0.25,
-    0.5,
-    0.9,
-)  # w: nothing smaller is found within a month of rankings, and 0.9 survives a unit that did not drift
+# w: nothing smaller is found within a month of rankings, and 0.9 survives a unit that did not drift
+STEP_SHARES = (0.1, 0.25, 0.5, 0.9)
 STEP_EDGES = (0.005, 0.02, 0.05, 0.1, 0.2, 0.4)  # q: below 0.005 lie five of a thousand reference units
 POWERS = (0.15, 0.3, 0.5, 0.7, 0.85)
 

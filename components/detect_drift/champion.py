@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from components.services.exits import DoNotRetry
-from components.services.tracking import client, mlflow_errors
+from components.services.tracking import carrier_of, client, mlflow_errors
 
 ALIAS = "champion"
 TAGS = ("policy_uri", "snapshot_uri", "reward_model_uri")  # register_model writes them on every version of a policy
@@ -27,20 +27,9 @@ def find_champion(policy_name: str) -> Champion | None:
         DoNotRetry: there is no registry, or the champion's version does not say what it was made from.
         Retry: the registry cannot be reached.
     """
-    from mlflow.exceptions import MlflowException
-
-    with mlflow_errors():
-        registry = client()
-        try:
-            aliases = registry.get_registered_model(policy_name).aliases
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-        if ALIAS not in aliases:
-            return None
-        version = str(aliases[ALIAS])
-        tags = registry.get_model_version(policy_name, version).tags
+    if (found := carrier_of(policy_name, ALIAS)) is None:
+        return None
+    version, tags = found
     if missing := [tag for tag in TAGS if not tags.get(tag)]:
         raise DoNotRetry(
             f"version {version} of {policy_name} is {ALIAS} but has no tag {', '.join(missing)}, so there is nothing to compare",

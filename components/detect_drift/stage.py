@@ -29,7 +29,7 @@ from components.detect_drift.reading import Models, read_reference, read_since
 from components.detect_drift.state import Hygiene, Order, State, order_retrain, read_state, write_folder, write_state
 from components.detect_drift.units import Dated
 from components.services.exits import DoNotRetry, Retry
-from components.services.launch import Context, Settings, json_digest
+from components.services.launch import Context, Settings, json_digest, parameter_text
 from components.services.tracking import PARENT_VARIABLE, client, mlflow_errors
 
 ATTEMPTS = 5  # at writing the state, while other watches do
@@ -71,6 +71,14 @@ class Inputs(Settings):
     """Newest snapshot of rankings; those that are also in the champion's snapshot, or were looked at before, are left out."""
 
 
+class Watched(NamedTuple):
+    """A policy's champion, and the state of its watch after this look."""
+
+    policy_name: str
+    champion: Champion
+    state: State
+
+
 class Outputs(NamedTuple):
     decision: str
     reason: str
@@ -110,7 +118,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     decision, reason = decide(alarm, order, owner, total, state)
 
     # 5. What people and programs read.
-    return _finish(context, inputs, decision, reason, config, champion, state)
+    return _finish(context, inputs, decision, reason, Watched(config.policy_name, champion, state))
 
 
 def look(
@@ -166,24 +174,25 @@ def note_look(state: State, snapshot_uri: str, new: int, run: str) -> None:
         parts = [
             f"{name} (evidence {watch.tests[name].highest:.1f} of {watch.tests[name].limit:.1f} nats)" for name in watch.alarms
         ]
-        reason = one_line(f"drift after {rankings} new rankings in " + ", ".join(parts))
+        reason = parameter_text(f"drift after {rankings} new rankings in " + ", ".join(parts))
         document["alarm"] = {"at": now, "rankings": rankings, "tests": watch.alarms, "reason": reason}
 
 
 def decide(alarm: dict[str, Any] | None, order: Order, owner: str, total: int, state: State) -> tuple[str, str]:
     """The decision and its reason: "retrain" only if there is an alarm and this very run holds the order."""
     if alarm is None:
-        tests = state.watch.tests
-        nearest = max(tests, key=lambda name: tests[name].log_evidence / tests[name].limit, default="")
-        so_far = (
-            f"; most evidence: {nearest}, {tests[nearest].log_evidence:.1f} of {tests[nearest].limit:.1f} nats" if nearest else ""
-        )
-        return "wait", one_line(f"no drift in {total} new rankings{so_far}")
+        text = f"no drift in {total} new rankings"
+        if tests := state.watch.tests.values():
+            nearest = max(tests, key=lambda test: test.log_evidence / test.limit)
+            text += f"; most evidence: {nearest.name}, {nearest.log_evidence:.1f} of {nearest.limit:.1f} nats"
+        return "wait", parameter_text(text)
     if order.owner and order.owner == owner:
         return "retrain", alarm["reason"]
     if order.owner:
-        return "wait", one_line(f"{alarm['reason']}; run {order.owner} has started the retrain of this champion on this snapshot")
-    return "wait", one_line(f"{alarm['reason']}; blocked: {order.blocked}")
+        return "wait", parameter_text(
+            f"{alarm['reason']}; run {order.owner} has started the retrain of this champion on this snapshot"
+        )
+    return "wait", parameter_text(f"{alarm['reason']}; blocked: {order.blocked}")
 
 
 # -- the end -------------------------------------------------------------------------------------------------------------
@@ -194,31 +203,18 @@ def run_name(context: Context) -> str:
     return os.environ.get(PARENT_VARIABLE) or context.tracker.run_id or context.scratch.name
 
 
-def one_line(text: str) -> str:
-    """A text that KFP's conditions and parameters survive: no quotes, no line breaks, no braces."""
-    return "".join(c if c.isprintable() and c not in "\"'\\`{}" else " " for c in text)[:1000]
-
-
-def _finish(
-    context: Context,
-    inputs: Inputs,
-    decision: str,
-    reason: str,
-    config: Config | None = None,
-    champion: Champion | None = None,
-    state: State | None = None,
-) -> Outputs:
+def _finish(context: Context, inputs: Inputs, decision: str, reason: str, watched: Watched | None = None) -> Outputs:
     """Publishes drift.json and the page, and notes the reason on the run, on the pipeline's run and on the champion."""
     document: dict[str, Any] = {
         "decision": decision,
         "reason": reason,
         "snapshot_uri": inputs.snapshot_uri,
-        "champion": champion._asdict() if champion else None,
+        "champion": watched.champion._asdict() if watched else None,
         "config": context.config,
-        "alarm": state.document["alarm"] if state else None,
-        "looks": state.document["looks"] if state else [],
-        "tests": measures_of(state.watch) if state else [],
-        "missing": state.watch.missing if state else {},
+        "alarm": watched.state.document["alarm"] if watched else None,
+        "looks": watched.state.document["looks"] if watched else [],
+        "tests": measures_of(watched.state.watch) if watched else [],
+        "missing": watched.state.watch.missing if watched else {},
     }
     folder = context.scratch / "drift"
     write_folder(folder, document, drift_page(document))
@@ -231,8 +227,8 @@ def _finish(
     context.summary.update(decision=decision, reason=reason)
     for row in document["tests"]:
         context.summary[row["test"].replace(": ", "_")] = row["log_evidence"]
-    if champion and config and document["alarm"]:
-        tag_version(config.policy_name, champion.version, "drift", document["alarm"]["reason"])
+    if watched and document["alarm"]:
+        tag_version(watched.policy_name, watched.champion.version, "drift", document["alarm"]["reason"])
     parent = os.environ.get(PARENT_VARIABLE, "")
     if parent and decision == "retrain":
         with mlflow_errors():

@@ -7,7 +7,7 @@ import os
 from typing import NamedTuple
 
 from components.services.exits import DoNotRetry
-from components.services.tracking import client, mlflow_errors
+from components.services.tracking import carrier_of
 
 ALIAS = "champion"
 URI_TAG = "policy_uri"  # register_model writes it on every version of a policy
@@ -32,20 +32,9 @@ def find_champion(policy_name: str) -> Champion | None:
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         _log.warning("MLFLOW_TRACKING_URI is not set: there is no registry, so no champion to compare with")
         return None
-    from mlflow.exceptions import MlflowException
-
-    with mlflow_errors():
-        registry = client()
-        try:
-            aliases = registry.get_registered_model(policy_name).aliases
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-        if ALIAS not in aliases:
-            return None
-        version = str(aliases[ALIAS])
-        tags = registry.get_model_version(policy_name, version).tags
+    if (found := carrier_of(policy_name, ALIAS)) is None:
+        return None
+    version, tags = found
     if not tags.get(URI_TAG):
         raise DoNotRetry(
             f"version {version} of {policy_name} is {ALIAS} but has no tag {URI_TAG}, so its policy cannot be loaded",

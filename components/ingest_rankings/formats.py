@@ -31,9 +31,8 @@ from components.ingest_rankings.fields import (
     utc_time,
 )
 from components.ingest_rankings.rows import Rejected, shown
-from components.rlhf.records import ROLES, Message, Ranking, Split
+from components.rlhf.records import ROLES, UNKNOWN_RATER, Message, Ranking, Split
 
-UNKNOWN_RATER = "unknown"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPT = re.compile(r"\s*(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -50,8 +49,13 @@ COLUMNS = "columns"  # the form of a row that a column map reads
 
 
 class Parsed(NamedTuple):
-    """A row, or one of the rankings in it, as a ranking; the form it had, its fields that this form does not know, and whether the
-    split is the row's own."""
+    """One ranking of a row.
+
+    Fields:
+        form: the one that the row had; `COLUMNS` if a column map read it.
+        ignored: fields of the row that this form does not know.
+        split_given: whether the split is the row's own.
+    """
 
     ranking: Ranking
     form: str
@@ -130,8 +134,7 @@ def _checked(row: dict[str, Any], form: str, source: str, test_fraction: float) 
         "policies": policies_of(policies, len(completions)),
         "criterion": optional_text(row, "criterion"),
     }
-    digest = hashlib.sha256(canonical(content)).hexdigest()
-    ranking_id = optional_text(row, "ranking_id") or digest
+    ranking_id = optional_text(row, "ranking_id") or _digest(content)
     ranking = Ranking(ranking_id=ranking_id, split=_split(row.get("split"), prompt, test_fraction), **content)
     ignored = _ignored(row, FIELDS[form]) + (_ignored_of_completions(row) if form == "kway" else [])
     return Parsed(ranking, form, ignored, row.get("split") is not None)
@@ -139,7 +142,10 @@ def _checked(row: dict[str, Any], form: str, source: str, test_fraction: float) 
 
 def content_digest(ranking: Ranking) -> str:
     """What `ranking_id` is where the row names none: the SHA-256 of all but the id itself and the split."""
-    content = {name: value for name, value in ranking._asdict().items() if name not in ("ranking_id", "split")}
+    return _digest({name: value for name, value in ranking._asdict().items() if name not in ("ranking_id", "split")})
+
+
+def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(canonical(content)).hexdigest()
 
 

@@ -82,9 +82,10 @@ def changed(files: Sequence[SourceFile], mark: Watermark) -> list[str]:
 
 
 def refuse(lines: Sequence[str], rankings: str) -> None:
-    """
+    """Ends the stage if there is a line for a file that changed.
+
     Raises:
-        DoNotRetry: there are such lines.
+        DoNotRetry: there is.
     """
     if lines:
         more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
@@ -97,7 +98,7 @@ def refuse(lines: Sequence[str], rankings: str) -> None:
 
 
 def verify(storage: Storage, known: Mapping[str, Any]) -> str:
-    """ "" if the content of a known file has the digest that it had, else a line that says so."""
+    """A line that says so if a known file's content has not the SHA-256 that it had, else ""; reads the whole file."""
     digest = hashlib.sha256()
     with storage.open_read(known["uri"], known["etag"]) as stream:
         while data := stream.read(READ_BYTES):

@@ -99,6 +99,11 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def parameter_text(text: str) -> str:
+    """A text that KFP's conditions and parameters survive: no quotes, no line breaks, no braces, 1000 characters at most."""
+    return "".join(c if c.isprintable() and c not in "\"'\\`{}" else " " for c in text)[:1000]
+
+
 def key_of(stage: str, config: Settings, inputs: Settings) -> str:
     """Digest of all that decides what a stage makes: its config but for what is `RUNTIME_ONLY`, its inputs, and the code."""
     decisive = config.model_dump(mode="json", exclude=set(config.RUNTIME_ONLY))

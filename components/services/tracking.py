@@ -161,8 +161,40 @@ class Tracker:
                 mlflow.set_terminated(self.run_id, status)
 
 
+def carrier_of(model: str, alias: str) -> tuple[str, dict[str, str]] | None:
+    """The version of a registered model that carries an alias, with its tags; None if no version does, or there is no such model.
+
+    Raises:
+        DoNotRetry: there is no registry.
+        Retry: it cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with mlflow_errors():
+        registry = client()
+        try:
+            aliases = registry.get_registered_model(model).aliases
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        if alias not in aliases:
+            return None
+        version = str(aliases[alias])
+        return version, dict(registry.get_model_version(model, version).tags)
+
+
 def experiment_id(mlflow: MlflowClient) -> str:
     """The id of the experiment `MLFLOW_EXPERIMENT_NAME` (default `rankloop`), which is made if it is not there."""
     name = os.environ.get(EXPERIMENT_VARIABLE, DEFAULT_EXPERIMENT)
+    from mlflow.exceptions import MlflowException
+
     found = mlflow.get_experiment_by_name(name)
-    return found.experiment_id if found else mlflow.create_experiment(name)
+    if found is None:
+        try:
+            return mlflow.create_experiment(name)
+        except MlflowException as error:  # of two first runs of a server at the same time one makes it
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = mlflow.get_experiment_by_name(name)
+    return found.experiment_id

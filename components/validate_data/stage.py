@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from components.rlhf.statistics import as_json, finite
 from components.services.exits import DoNotRetry
-from components.services.launch import Context, Settings
+from components.services.launch import Context, Settings, parameter_text
 from components.validate_data.facts import Facts, collect
 from components.validate_data.suite import Check, Suite, gate_of, rules
 
@@ -179,10 +179,9 @@ def as_document(gate: str, checks: list[Check], facts: Facts, suite: Suite) -> d
 
 
 def one_line(failed: list[Check]) -> str:
-    """Checks for a KFP parameter: no quotes and no line breaks, which KFP's conditions do not survive."""
+    """Checks in one line, for a KFP parameter."""
     parts = []
     for check in failed:
         example = f"; for example {check.examples[0]}" if check.examples else ""
         parts.append(f"{check.name}: observed {check.value}, expected {check.threshold}{example}")
-    text = " | ".join(parts)
-    return "".join(c if c.isprintable() and c not in "\"'\\`{}" else " " for c in text)[:1000]
+    return parameter_text(" | ".join(parts))

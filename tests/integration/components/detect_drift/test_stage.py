@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.detect_drift import stage
+from components.detect_drift.reading import Models
 from components.rlhf.models import new_scorer, save_model
 from components.rlhf.records import SCHEMA, Ranking
 from components.rlhf.scratch_model import new_model, train_tokenizer
@@ -209,7 +210,16 @@ def test_a_new_champion_starts_afresh_but_the_cooldown_does_not(world: World, na
     assert "cooldown_days is 7" in blocked.reason
 
 
-def test_watches_at_the_same_time_count_each_ranking_once_and_one_retrains(world: World, name: str, drifted: str) -> None:
+def test_watches_at_the_same_time_count_each_ranking_once_and_one_retrains(
+    world: World, name: str, drifted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_at_a_time, load = threading.Lock(), Models._load
+
+    def locked(models: Models, uri: str, role: str) -> Any:
+        with one_at_a_time:  # watches are processes of their own, and transformers cannot load two models in two threads at once
+            return load(models, uri, role)
+
+    monkeypatch.setattr(Models, "_load", locked)
     said: list[stage.Outputs] = []
     threads = [threading.Thread(target=lambda: said.append(watch(world, name, drifted))) for _ in range(3)]
     for thread in threads:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from components.detect_drift.page import drift_page
-from components.detect_drift.stage import Config, Inputs, one_line
+from components.detect_drift.stage import Config, Inputs
 from components.detect_drift.state import Hygiene, blocked
 from components.services.exits import DoNotRetry
-from components.services.launch import parse_settings
+from components.services.launch import parameter_text, parse_settings
 
 NOW = datetime(2026, 6, 15, tzinfo=UTC)
 RULES = Hygiene(min_new_rankings=100, cooldown_days=7, max_retrains_per_month=2, dry_run=False)
@@ -43,8 +43,8 @@ def test_the_first_rule_that_forbids_it_is_the_reason(retrains: list[Any], new: 
 
 
 def test_a_reason_survives_kfp() -> None:
-    assert one_line("drift in \"x\"\n{'y'} `z` \\") == "drift in  x    y    z   "
-    assert len(one_line("x" * 5000)) == 1000
+    assert parameter_text("drift in \"x\"\n{'y'} `z` \\") == "drift in  x    y    z   "
+    assert len(parameter_text("x" * 5000)) == 1000
 
 
 @pytest.mark.parametrize("config", [{"alpha": 0}, {"alpha": 1}, {"channels": []}, {"channels": ["prices"]}, {"alhpa": 0.1}])
