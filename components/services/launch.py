@@ -160,12 +160,15 @@ class Context:
             **facts,
         }
 
-    def published_before(self, uri: str) -> bool:
-        """Whether this very work is on S3 already; its summary then stands for this one."""
-        if not self.storage.is_published(uri):
+    def published_before(self, *uris: str) -> bool:
+        """Whether this very work is on S3 already, all of it; its summary then stands for this one, and its checkpoints go."""
+        if not all(self.storage.is_published(uri) for uri in uris):
             return False
-        _log.info("published already: %s", uri)
-        self.summary.update(self.storage.get_json(join(uri, MARKER))["summary"])
+        for uri in uris:
+            _log.info("published already: %s", uri)
+            self.summary.update(self.storage.get_json(join(uri, MARKER))["summary"])
+        for left in self.storage.list(self.uri("checkpoints") + "/"):  # by a kill between publishing and their removal
+            self.storage.delete(left.uri)
         return True
 
     def publish_html(self, path: Path) -> None:

@@ -111,7 +111,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     if config.threads:
         torch.set_num_threads(config.threads)
     outputs = Outputs(context.uri("reward_models") + "/reward", context.uri("reward_models") + "/judge")
-    if all(context.published_before(uri) for uri in outputs):
+    if context.published_before(*outputs):
         return outputs
 
     # 1. Rankings.
