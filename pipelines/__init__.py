@@ -12,6 +12,7 @@ STAGES = (
     "evaluate",
     "register_model",
 )
+WATCH = "detect_drift"  # the stage that the graph `drift_watch` has before all of these
 # What fine-tunes the policy; of several candidates the evaluation chooses one.
 METHODS = {"ppo": ("ppo_finetune",), "dpo": ("dpo_finetune",), "both": ("ppo_finetune", "dpo_finetune")}
 

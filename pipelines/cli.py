@@ -1,4 +1,4 @@
-"""The command line: `rankloop run`, `compile`, `services`, `models`."""
+"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from components.services.exits import EXIT_INTERRUPTED, StageFailure
+from components.services.exits import EXIT_INTERRUPTED, DoNotRetry, StageFailure
+from pipelines import models
+from pipelines.display import Home, console_of
 
 app = typer.Typer(
     help="Human rankings → reward model → PPO or DPO → a gated, registered policy, as a Kubeflow pipeline or on this machine.",
@@ -22,9 +23,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Home = Annotated[
-    Path | None, typer.Option("--home", help="Folder of the local servers' data and of the runs.", envvar="RANKLOOP_HOME")
-]
+app.add_typer(models.app, name="models")
 
 
 @app.command()
@@ -62,21 +61,48 @@ def run(
 
     resolved = profile_file.load(profile, assignments or (), seed, method)
     sources = laptop.Sources(*map(_absolute, (rankings, demonstrations, pretraining)))
-    code = laptop.run(resolved, sources, home or default_home(), fresh, _console())
+    code = laptop.run(resolved, sources, home or default_home(), fresh, console_of())
     raise typer.Exit(code)
+
+
+@app.command()
+def watch(
+    rankings: Annotated[str, typer.Option(help="File, folder, s3://bucket/prefix or hf://name: all rankings, old and new.")],
+    profile: Annotated[str, typer.Option(help="Profile: a name (tiny, smollm2, llm-1b, llm-8b) or a YAML file.")] = "tiny",
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A stage's setting, as stage.key=value; repeatable.", metavar="STAGE.KEY=VALUE"),
+    ] = None,
+    method: Annotated[str, typer.Option(help="What fine-tunes the policy in a retrain: ppo, dpo or both.")] = "",
+    home: Home = None,
+) -> None:
+    """Looks whether the rankings that are new since the champion are still like its own, and retrains if not. Run it on a schedule.
+
+    `--set detect_drift.dry_run=true` only looks. Exit codes are those of `rankloop run`; waiting is a success.
+    """
+    from pipelines import laptop
+    from pipelines import profile as profile_file
+    from pipelines.local_services import default_home
+
+    resolved = profile_file.load(profile, assignments or (), None, method)
+    sources = laptop.Sources(_absolute(rankings), "", "")
+    raise typer.Exit(laptop.run(resolved, sources, home or default_home(), False, console_of(), "drift_watch"))
 
 
 @app.command()
 def compile(
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("rlhf.yaml"),
+    graph: Annotated[str, typer.Option(help="rlhf, or drift_watch: to be scheduled, runs rlhf if the rankings drifted.")] = "rlhf",
 ) -> None:
-    """Writes the graph as KFP v2 YAML, ready to upload to a Kubeflow cluster."""
+    """Writes a graph as KFP v2 YAML, ready to upload to a Kubeflow cluster."""
     from kfp import compiler
 
-    from pipelines.rlhf import rlhf
+    from pipelines.local_run import GRAPHS
 
-    compiler.Compiler().compile(rlhf, str(output))
-    _console().print(f"wrote {output}", highlight=False)
+    if graph not in GRAPHS:
+        raise DoNotRetry(f"unknown graph {graph!r}; known: {', '.join(GRAPHS)}")
+    compiler.Compiler().compile(GRAPHS[graph], str(output))
+    console_of().print(f"wrote {output}", highlight=False)
 
 
 @app.command()
@@ -84,7 +110,7 @@ def services(home: Home = None) -> None:
     """Starts the local S3 and MLflow servers and keeps them up until Ctrl-C."""
     from pipelines.local_services import QUIET, LocalServices, default_home
 
-    console, interrupted = _console(), threading.Event()
+    console, interrupted = console_of(), threading.Event()
     with LocalServices(home or default_home()) as running:
         # A shell script starts what it puts in the background with SIGINT ignored, and then Python raises no KeyboardInterrupt.
         signal.signal(signal.SIGINT, lambda *_: interrupted.set())
@@ -99,16 +125,6 @@ def services(home: Home = None) -> None:
             running.check()
     if interrupted.is_set():
         raise KeyboardInterrupt
-
-
-@app.command()
-def models(name: Annotated[str, typer.Option(help="Name of the registered model.")] = "rankloop-policy", home: Home = None) -> None:
-    """Lists the versions of the policy with their aliases, gate and win rates."""
-    from pipelines.local_services import LocalServices, default_home, environment_of
-    from pipelines.models import list_versions
-
-    with LocalServices(home or default_home()) as running, environment_of(running):
-        list_versions(_console(), name)
 
 
 def _absolute(place: str) -> str:
@@ -127,10 +143,6 @@ def _options(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Shows the version and ends.")] = False,
 ) -> None:
     pass
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def main() -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+Home = Annotated[
+    Path | None, typer.Option("--home", help="Folder of the local servers' data and of the runs.", envvar="RANKLOOP_HOME")
+]
+
 # What a stage's line shows of its summary; everything else is in MLflow.
 SHOWN = {
     "ingest_rankings": ("read", "accepted", "duplicates", "quarantined"),
+    "detect_drift": ("decision", "reason"),
     "validate_data": ("gate", "rankings", "raters", "prompts"),
     "train_sft": ("examples", "loss", "test_loss"),
     "train_reward_model": ("rankings", "reward_accuracy", "judge_accuracy"),
@@ -73,6 +81,11 @@ class Display:
 
     def _line(self, sign: str, stage: str, time: str, text: str) -> None:
         self._console.print(f"{sign} {stage:20} {time:>8}  {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def console_of() -> Console:
+    """The terminal, or 140 columns where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
 
 
 def describe(stage: str, summary: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`rankloop run`: the whole loop on this machine, with the local servers, to the table at the end."""
+"""`rankloop run` and `rankloop watch`: a graph on this machine, with the local servers, to the table at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from components.services.exits import DoNotRetry, StageFailure
 from components.services.launch import json_digest
 from components.services.storage import MARKER, Storage, join
 from components.services.tracking import PARENT_VARIABLE, client, experiment_id, mlflow_errors
-from pipelines import METHODS
+from pipelines import METHODS, STAGES, WATCH
 from pipelines.display import Display, estimate, table
 from pipelines.local_services import LocalServices, environment_of
 from pipelines.profile import Profile
@@ -31,11 +31,12 @@ class Sources(NamedTuple):
     pretraining: str
 
 
-def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Console) -> int:
-    """Runs the graph once and shows it; gives the exit code.
+def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Console, graph: str = "rlhf") -> int:
+    """Runs a graph once and shows it; gives the exit code.
 
     Args:
         fresh: use no cached result of KFP's.
+        graph: "rlhf", or "drift_watch", which runs it only if the rankings drifted.
     """
     rankings = sources.rankings
     if not rankings and profile.simulated is None:
@@ -56,7 +57,7 @@ def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Co
         fingerprint = source_fingerprint(rankings)
         sft_fingerprint = fingerprint_of(sources.demonstrations, profile.stages["train_sft"]["base_model"], storage)
         pretraining_fingerprint = json_digest(read_texts(sources.pretraining, storage)) if sources.pretraining else ""
-        parent = open_parent(profile, rankings)
+        parent = open_parent(profile, rankings, graph)
         name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + parent[:6]
         arguments: dict[str, Any] = {
             "rankings": rankings,
@@ -67,9 +68,11 @@ def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Co
             "sft_fingerprint": sft_fingerprint,
             "pretraining": sources.pretraining,
             "pretraining_fingerprint": pretraining_fingerprint,
-            **{f"{stage}_config": values for stage, values in profile.stages.items()},
+            **{f"{stage}_config": profile.stages[stage] for stage in STAGES},
         }
-        request = {"home": str(home.resolve()), "caching": not fresh, "arguments": arguments}
+        if graph == "drift_watch":
+            arguments[f"{WATCH}_config"] = profile.stages[WATCH]
+        request = {"graph": graph, "home": str(home.resolve()), "caching": not fresh, "arguments": arguments}
         with Display(console) as display:
             supervisor = Supervisor(home / "runs" / name, request, {PARENT_VARIABLE: parent}, display)
             result = supervisor.run()
@@ -78,7 +81,10 @@ def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Co
             console.print(f"\n{result.message}\n  log: {supervisor.log}", highlight=False, markup=False, style="red")
             return result.exit_code
         report = home / "runs" / name / "report.html"
-        show_result(console, storage, services, result, report)
+        if WATCH in result.events:
+            show_watch(console, storage, result, home / "runs" / name / "drift.html")
+        if "register_model" in result.events:
+            show_result(console, storage, services, result, report)
         overhead = up_seconds + infrastructure_seconds(result)
         total = time.monotonic() - began
         console.print(
@@ -102,11 +108,11 @@ def upload_simulated(storage: Storage, root: str, rankings: int, seed: int) -> s
     return uri
 
 
-def open_parent(profile: Profile, rankings: str) -> str:
+def open_parent(profile: Profile, rankings: str, graph: str) -> str:
     """The MLflow run of this pipeline run, of which every stage's is a child."""
     with mlflow_errors():
         mlflow = client()
-        tags = {"mlflow.runName": f"rlhf-{profile.name}", "rankloop.profile": profile.name, "rankloop.rankings": rankings}
+        tags = {"mlflow.runName": f"{graph}-{profile.name}", "rankloop.profile": profile.name, "rankloop.rankings": rankings}
         tags["rankloop.method"] = profile.method
         run_id: str = mlflow.create_run(experiment_id(mlflow), tags=tags).info.run_id
         mlflow.log_dict(run_id, profile.model_dump(mode="json"), "profile.json")
@@ -143,6 +149,8 @@ def show_result(console: Console, storage: Storage, services: LocalServices, res
     evaluation_uri = verdict["outputs"]["evaluation_uri"]
     evaluation = storage.get_json(join(evaluation_uri, "evaluation.json"))
     storage.download_file(join(evaluation_uri, "report.html"), report)
+    models = report.with_name("models.html")
+    storage.download_file(join(services.storage_root, "registry", services_name(registered), "models.html"), models)
     reward = storage.get_json(join(evaluation["reward_model_uri"], MARKER))
     judge = storage.get_json(join(evaluation["judge_model_uri"], MARKER))
     ingest = ingest_report(storage, services.storage_root, evaluation["snapshot_uri"])
@@ -165,12 +173,32 @@ def show_result(console: Console, storage: Storage, services: LocalServices, res
         ("KL to SFT", estimate(measures.get("kl_reference")) + " nats per answer"),
         ("gate", evaluation["gate"] + failed_rows(evaluation)),
         ("registry", f"{services_name(registered)} version {version}, {alias}"),
-        ("report", str(report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report)),
+        ("report", shown(report)),
+        ("versions", shown(models)),
         ("MLflow", services.tracking_uri),
         ("artifacts", evaluation_uri),
     ]
     console.print()
     console.print(table("Result", rows), highlight=False)
+
+
+def shown(path: Path) -> str:
+    """A path from the current folder where it is below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def show_watch(console: Console, storage: Storage, result: Result, report: Path) -> None:
+    """What the watch says; a copy of its report is kept beside the run's log."""
+    said = result.events[WATCH]["outputs"]
+    storage.download_file(join(said["drift_uri"], "report.html"), report)
+    rows = [
+        ("decision", said["decision"]),
+        ("reason", said["reason"]),
+        ("report", shown(report)),
+        ("artifacts", said["drift_uri"]),
+    ]
+    console.print()
+    console.print(table("Watch", rows), highlight=False)
 
 
 def made_by(storage: Storage, evaluation: Mapping[str, Any]) -> str:

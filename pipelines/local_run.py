@@ -1,4 +1,4 @@
-"""Runs the graph with KFP's local runner, in a process of its own: `python -m pipelines.local_run arguments.json`.
+"""Runs a graph with KFP's local runner, in a process of its own: `python -m pipelines.local_run arguments.json`.
 
 The client starts it with the servers' addresses in the environment. KFP's own chatter goes to this process's output, which the
 client keeps as the run's log; what a person should see comes as events of the stages.
@@ -13,11 +13,14 @@ from pathlib import Path
 from kfp import local
 
 from components.services.launch import code_digest
+from pipelines.drift_watch import drift_watch
 from pipelines.rlhf import rlhf
+
+GRAPHS = {"rlhf": rlhf, "drift_watch": drift_watch}
 
 
 def main(path: Path) -> None:
-    """Runs the graph once.
+    """Runs the graph that the request names, once.
 
     KFP's local cache keys on a component's source, its image name and its parameters, not on the code that it imports: a cache
     folder of its own for every version of the code makes up for that.
@@ -31,7 +34,7 @@ def main(path: Path) -> None:
         enable_caching=request["caching"],
         cache_root=str(home / "kfp-cache" / code_digest()[:16]),
     )
-    rlhf(**request["arguments"])
+    GRAPHS[request["graph"]](**request["arguments"])
 
 
 if __name__ == "__main__":

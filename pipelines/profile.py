@@ -14,8 +14,9 @@ from pydantic import Field
 
 from components.services.exits import DoNotRetry
 from components.services.launch import Settings, from_text, parse_settings
-from pipelines import METHODS, STAGES
+from pipelines import METHODS, STAGES, WATCH
 
+CONFIGURED = (*STAGES, WATCH)
 FOLDER = Path(__file__).parent / "profiles"
 
 
@@ -69,14 +70,14 @@ def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None,
     for assignment in assignments:
         _assign(assignment, values, described)
     stages = {}
-    for stage in STAGES:
+    for stage in CONFIGURED:
         config = importlib.import_module(f"components.{stage}.stage").Config
         given = dict(values.pop(stage, None) or {})
         if seed is not None and "seed" in config.model_fields:
             given["seed"] = seed
         stages[stage] = parse_settings(config, given, stage).model_dump(mode="json")
     if values:
-        raise DoNotRetry(f"profile {profile}: {_unknown('stage', str(next(iter(values))), STAGES)}")
+        raise DoNotRetry(f"profile {profile}: {_unknown('stage', str(next(iter(values))), CONFIGURED)}")
     simulated = described.get("simulated")
     if simulated is not None:
         simulated = parse_settings(Simulated, simulated | ({} if seed is None else {"seed": seed}), "simulated")
@@ -109,8 +110,8 @@ def _assign(assignment: str, values: dict[str, Any], described: dict[Any, Any]) 
             raise DoNotRetry(f"--set {assignment}: this profile simulates nothing")
         described["simulated"][key] = from_text(Simulated, key, text)
         return
-    if stage not in STAGES:
-        raise DoNotRetry(f"--set {assignment}: {_unknown('stage', stage, STAGES)}")
+    if stage not in CONFIGURED:
+        raise DoNotRetry(f"--set {assignment}: {_unknown('stage', stage, CONFIGURED)}")
     config = importlib.import_module(f"components.{stage}.stage").Config
     if key not in config.model_fields:
         raise DoNotRetry(f"--set {assignment}: {_unknown(f'key of {stage}', key, config.model_fields)}")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from components.rlhf.records import SCHEMA
 from components.services import progress
 from components.services.launch import main
-from components.services.storage import MARKER, Storage
+from components.services.storage import FILES, MARKER, Storage
 from components.simulated_world.generate import simulate_rankings
 
 OPTIONS = {
@@ -174,6 +174,8 @@ def contents(uri: str) -> dict[str, Any]:
         if name in (MARKER, "training.jsonl"):
             lines = [data] if name == MARKER else data.splitlines()
             files[name] = [unmeasured(json.loads(line)) for line in lines]
+            if name == MARKER:
+                files[name][0][FILES].pop("training.jsonl", None)  # it holds measurements
         else:
             files[name] = data
     return files

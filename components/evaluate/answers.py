@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ class Drawn(NamedTuple):
 
     Fields:
         completions: {policy: {index of the prompt: completion}}.
-        log_ratios: of the candidate's completions, log p(candidate) - log p(SFT) in nats.
+        log_ratios: of the candidate's completions, log p(candidate) - log p(SFT) in nats; NaN where SFT is not among the policies.
         cut: prompts that were cut at the front to fit a policy's context.
         answers_read: {policy: its completions, as SFT reads them at the sampling temperature}, of candidate and SFT.
         texts_read: {policy: the texts of each prompt, as this policy reads them at temperature 1}, of candidate and SFT.
@@ -158,7 +159,7 @@ def draw(
     everywhere = [i for i in range(len(probes)) if all(i in each for each in probed.values())]
     return Drawn(
         {name: {i: each[i] for i in indices} for name, each in completions.items()},
-        {i: log_ratios[i] for i in indices},
+        {i: log_ratios.get(i, math.nan) for i in indices},
         cut & set(indices),
         {name: [each[i] for i in indices] for name, each in answers_read.items()},
         {name: [each[i] for i in indices] for name, each in texts_read.items()},

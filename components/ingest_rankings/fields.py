@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,6 +29,8 @@ def check_completions(completions: list[Any]) -> None:
             raise Rejected("a completion is not a text", f"completion {number + 1}: {shown(text)}")
         if not text.strip():
             raise Rejected("empty completion", f"completion {number + 1}: {shown(text)}")
+    if len({text.strip() for text in completions}) == len(completions):
+        return
     seen: dict[str, int] = {}
     for number, text in enumerate(completions):
         if (first := seen.setdefault(text.strip(), number)) != number:
@@ -40,12 +41,13 @@ def check_ranks(ranks: list[int], completions: int) -> None:
     """1 is the best; after a tie the next rank is one more (dense: 1, 1, 2) or counts the tied (competition: 1, 1, 3)."""
     if len(ranks) != completions:
         raise Rejected("not one rank per completion", f"{len(ranks)} ranks {shown(ranks)} for {completions} completions")
-    counts = Counter(ranks)
-    competition, place = [], 1
-    for rank in sorted(counts):
-        competition.append(place)
-        place += counts[rank]
-    if sorted(counts) not in (competition, list(range(1, len(counts) + 1))):
+    dense = competition = True
+    distinct, last = 0, None
+    for place, rank in enumerate(sorted(ranks), 1):
+        if rank != last:
+            distinct, last = distinct + 1, rank
+            dense, competition = dense and rank == distinct, competition and rank == place
+    if not (dense or competition):
         raise Rejected("ranks are not a ranking", f"{shown(ranks)}; expected 1 = best without gaps, but after ties")
 
 

@@ -1,10 +1,11 @@
-"""A row of any supported form as a `Ranking`.
+"""A row of any supported form as rankings.
 
     rankloop  the record itself: `prompt`, `completions`, `ranks`, and any other field of `Ranking`
     kway      the same with `scores` (higher is better), or with objects `{text, score | rank, policy?}` as completions
     hh        `chosen` and `rejected` as "\\n\\nHuman: ...\\n\\nAssistant: ..." transcripts (Bai et al. 2022, arXiv:2204.05862)
     pairs     `prompt`, `chosen`, `rejected` as texts or message lists; or whole conversations that share all but the last turn
 
+Rows of labelling tools and of public datasets are turned into rows of the second form first (`exports`).
 Nothing is repaired: what is not a ranking is `Rejected` with the value that is wrong.
 """
 
@@ -13,11 +14,13 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import orjson
 
+from components.ingest_rankings.exports import EXPORTS
+from components.ingest_rankings.exports.export import Export
 from components.ingest_rankings.fields import (
     check_completions,
     check_prompt,
@@ -30,49 +33,83 @@ from components.ingest_rankings.fields import (
 from components.ingest_rankings.rows import Rejected, shown
 from components.rlhf.records import ROLES, Message, Ranking, Split
 
-Format = Literal["rankloop", "kway", "hh", "pairs"]
-
 UNKNOWN_RATER = "unknown"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPT = re.compile(r"\s*(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _DETAILS = ("ranking_id", "rater_id", "source", "collected_at", "confidence", "policies", "criterion", "split")
-FIELDS: dict[Format, frozenset[str]] = {
+FIELDS: dict[str, frozenset[str]] = {
     "rankloop": frozenset({*_DETAILS, "prompt", "completions", "ranks"}),
     "kway": frozenset({*_DETAILS, "prompt", "completions", "ranks", "scores"}),
     "hh": frozenset({*_DETAILS, "chosen", "rejected"}),
     "pairs": frozenset({*_DETAILS, "prompt", "chosen", "rejected"}),
 }
 COMPLETION_FIELDS = ("text", "rank", "score", "policy")
+FORMS = ("auto", *FIELDS, *EXPORTS)
+COLUMNS = "columns"  # the form of a row that a column map reads
 
 
 class Parsed(NamedTuple):
-    """A row as a ranking, the form it had, and its fields that this form does not know."""
+    """A row, or one of the rankings in it, as a ranking; the form it had, its fields that this form does not know, and whether the
+    split is the row's own."""
 
     ranking: Ranking
-    form: Format
+    form: str
     ignored: list[str]
+    split_given: bool
 
 
-def parse(row: dict[str, Any], form: Format | Literal["auto"], source: str, test_fraction: float) -> Parsed:
-    """The ranking of a row.
+def parse(
+    row: dict[str, Any], form: str, source: str, test_fraction: float, columns: Export | None = None
+) -> Iterator[Parsed | Rejected]:
+    """The rankings of a row: one, unless it is an export's with the judgements of several raters. What is none is `Rejected`.
 
     Args:
         row: field name to value; None is the same as missing.
-        form: how to read it; "auto" recognises each row by its own fields, so that the order of rows changes nothing.
+        form: how to read it, one of `FORMS`; "auto" recognises each row by its own fields, so that the order of rows changes
+            nothing.
         source: the ranking's source where the row names none.
         test_fraction: share of the openings whose rankings are held out, where the row names no split.
+        columns: a column map, by which the row is read whatever its form.
+    """
+    try:
+        name = COLUMNS if columns else recognise(row) if form == "auto" else form
+        if (export := columns or EXPORTS.get(name)) is None:
+            yield _parse(row, name, source, test_fraction)
+            return
+        if columns is None and not export.recognises(row):
+            raise Rejected(f"not a row of {name}", f"fields {shown(sorted(map(str, row)))}")
+        ignored = _ignored(row, export.fields) if export.fields is not None else []
+        found = False
+        for native in export.rankings(row):
+            found = True
+            if isinstance(native, Rejected):
+                yield native
+                continue
+            try:
+                form = "pairs" if native.get("chosen") is not None else "kway"
+                yield _parse(native, form, source, test_fraction)._replace(form=name, ignored=ignored)
+            except Rejected as problem:
+                yield problem
+        if not found:  # each row is counted
+            yield Rejected("no ranking in the row", name)
+    except Rejected as problem:
+        yield problem
+
+
+def _parse(row: dict[str, Any], form: str, source: str, test_fraction: float) -> Parsed:
+    """The ranking of a row of a native form.
 
     Raises:
         Rejected: the row is not a ranking.
     """
     try:
-        return _parse(row, recognise(row) if form == "auto" else form, source, test_fraction)
+        return _checked(row, form, source, test_fraction)
     except (UnicodeEncodeError, orjson.JSONEncodeError) as error:
         raise Rejected("a text is not valid Unicode", str(error)) from error
 
 
-def _parse(row: dict[str, Any], form: Format, source: str, test_fraction: float) -> Parsed:
+def _checked(row: dict[str, Any], form: str, source: str, test_fraction: float) -> Parsed:
     if form in ("hh", "pairs"):
         prompt, completions = _pair(row, form)
         ranks, policies = [1, 2], row.get("policies")
@@ -96,12 +133,23 @@ def _parse(row: dict[str, Any], form: Format, source: str, test_fraction: float)
     digest = hashlib.sha256(canonical(content)).hexdigest()
     ranking_id = optional_text(row, "ranking_id") or digest
     ranking = Ranking(ranking_id=ranking_id, split=_split(row.get("split"), prompt, test_fraction), **content)
-    return Parsed(ranking, form, _ignored(row, form))
+    ignored = _ignored(row, FIELDS[form]) + (_ignored_of_completions(row) if form == "kway" else [])
+    return Parsed(ranking, form, ignored, row.get("split") is not None)
 
 
-def _ignored(row: dict[str, Any], form: Format) -> list[str]:
-    names = {str(key) for key, value in row.items() if key not in FIELDS[form] and value is not None}
-    for completion in row.get("completions") or [] if form == "kway" else []:
+def content_digest(ranking: Ranking) -> str:
+    """What `ranking_id` is where the row names none: the SHA-256 of all but the id itself and the split."""
+    content = {name: value for name, value in ranking._asdict().items() if name not in ("ranking_id", "split")}
+    return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def _ignored(row: dict[str, Any], known: frozenset[str]) -> list[str]:
+    return sorted(str(key) for key, value in row.items() if key not in known and value is not None)
+
+
+def _ignored_of_completions(row: dict[str, Any]) -> list[str]:
+    names: set[str] = set()
+    for completion in row.get("completions") or []:
         if isinstance(completion, dict):
             names |= {f"completions[].{key}" for key in completion if key not in COMPLETION_FIELDS}
     return sorted(names)
@@ -112,18 +160,28 @@ def canonical(content: dict[str, Any]) -> bytes:
     return orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
 
 
-def recognise(row: dict[str, Any]) -> Format:
-    """The form of a row by its fields and their types."""
+def recognise(row: dict[str, Any]) -> str:
+    """The form of a row by its fields and their types.
+
+    Raises:
+        Rejected: it has none.
+    """
     given = {key for key, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= given:
         texts = [row["chosen"], row["rejected"]]
         transcripts = all(isinstance(text, str) for text in texts) and any(_TRANSCRIPT.match(text) for text in texts)
         return "hh" if transcripts and "prompt" not in given else "pairs"
+    plain = isinstance(row.get("completions"), list) and all(isinstance(each, str) for each in row["completions"])
+    if plain and "ranks" in given:
+        return "rankloop" if "scores" not in given else "kway"
+    for name, export in EXPORTS.items():
+        if export.recognises(row):
+            return name
     if "completions" in given:
-        plain = isinstance(row["completions"], list) and all(isinstance(each, str) for each in row["completions"])
         return "rankloop" if plain and "scores" not in given else "kway"
     raise Rejected(
-        "unknown form", f"fields {shown(sorted(str(key) for key in given))}; expected completions, or chosen and rejected"
+        "unknown form",
+        f"fields {shown(sorted(str(key) for key in given))}; expected completions, or chosen and rejected, or an export's",
     )
 
 
@@ -134,11 +192,16 @@ def opening(prompt: Sequence[Message]) -> str:
 
 def _split(value: Any, prompt: list[Message], test_fraction: float) -> Split:
     if value is None:
-        number = int.from_bytes(hashlib.sha256(opening(prompt).encode()).digest()[:8], "big")
-        return "test" if number < test_fraction * 2**64 else "train"
+        return split_of(opening(prompt), test_fraction)
     if value not in ("train", "test"):
         raise Rejected("split is neither train nor test", shown(value))
     return "train" if value == "train" else "test"
+
+
+def split_of(said: str, test_fraction: float) -> Split:
+    """The side of a conversation that the user opens with this text, by its hash."""
+    number = int.from_bytes(hashlib.sha256(said.encode()).digest()[:8], "big")
+    return "test" if number < test_fraction * 2**64 else "train"
 
 
 # -- prompts and conversations -------------------------------------------------------------------------------------------
@@ -180,7 +243,7 @@ def _prompt(value: Any) -> list[Message]:
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
-def _conversation(value: Any, name: str, form: Format) -> list[Message]:
+def _conversation(value: Any, name: str, form: str) -> list[Message]:
     if isinstance(value, str):
         if form == "hh" or (value.startswith("\n\n") and _TRANSCRIPT.match(value)):
             return _transcript(value, name)
@@ -190,7 +253,7 @@ def _conversation(value: Any, name: str, form: Format) -> list[Message]:
     return _messages(value, name)
 
 
-def _pair(row: dict[str, Any], form: Format) -> tuple[list[Message], list[str]]:
+def _pair(row: dict[str, Any], form: str) -> tuple[list[Message], list[str]]:
     """Prompt, and the chosen before the rejected completion. Both conversations may differ in the last turn only."""
     chosen = _conversation(_needed(row, "chosen"), "chosen", form)
     rejected = _conversation(_needed(row, "rejected"), "rejected", form)
@@ -218,7 +281,7 @@ def _pair(row: dict[str, Any], form: Format) -> tuple[list[Message], list[str]]:
 # -- completions and their order -----------------------------------------------------------------------------------------
 
 
-def _ranked(row: dict[str, Any], form: Format) -> tuple[list[str], list[int], Any]:
+def _ranked(row: dict[str, Any], form: str) -> tuple[list[str], list[int], Any]:
     """Completions, ranks and policies of a K-way row. Scores become competition ranks: 9, 7, 7, 1 is 1, 2, 2, 4."""
     completions, policies = _needed(row, "completions"), row.get("policies")
     if not isinstance(completions, list):
@@ -233,16 +296,17 @@ def _ranked(row: dict[str, Any], form: Format) -> tuple[list[str], list[int], An
         ranks = columns["rank"] if any(item is not None for item in columns["rank"]) else ranks
         scores = columns["score"] if any(item is not None for item in columns["score"]) else scores
         policies = columns["policy"] if any(item is not None for item in columns["policy"]) else policies
-    if ranks is None and scores is None:
-        raise Rejected("no ranks" if form == "rankloop" else "neither ranks nor scores", f"{len(completions)} completions")
-    if ranks is not None:
-        ranks = _whole_numbers(ranks)
-    if scores is not None:
-        by_score = _ranks_of_scores(scores)
-        if ranks is not None and _dense(ranks) != _dense(by_score):
-            raise Rejected("ranks and scores disagree", f"{shown(ranks)} and {shown(scores)}")
-        return completions, by_score if ranks is None else ranks, policies
-    return completions, _whole_numbers(ranks), policies
+    numbers = None if ranks is None else _whole_numbers(ranks)
+    if scores is None:
+        if numbers is None:
+            raise Rejected("no ranks" if form == "rankloop" else "neither ranks nor scores", f"{len(completions)} completions")
+        return completions, numbers, policies
+    by_score = _ranks_of_scores(scores)
+    if numbers is None:
+        return completions, by_score, policies
+    if _dense(numbers) != _dense(by_score):
+        raise Rejected("ranks and scores disagree", f"{shown(numbers)} and {shown(scores)}")
+    return completions, numbers, policies
 
 
 def _whole_numbers(ranks: Any) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from components.ingest_rankings.personal_data.policy import PersonalData
 from components.ingest_rankings.rows import Rejected
 
 RAW_CHARACTERS = 50_000  # of a row that are kept
@@ -17,14 +18,18 @@ EXAMPLES = 3  # in an error message
 
 
 class Quarantine:
-    """Writes `{"file", "row", "reason", "detail", "raw"}` per rejected row to `path`, at most `limit` of them."""
+    """Writes `{"file", "row", "reason", "detail", "raw"}` per rejected row to `path`, at most `limit` of them.
 
-    def __init__(self, path: Path, limit: int) -> None:
+    `personal` says what of a row may be written.
+    """
+
+    def __init__(self, path: Path, limit: int, personal: PersonalData) -> None:
         self.rows = 0
         self.kept = 0
         self.reasons: Counter[str] = Counter()
         self.examples: list[str] = []
         self._limit = limit
+        self._personal = personal
         self._file: io.BufferedWriter = open(path, "wb")
 
     def __enter__(self) -> Quarantine:
@@ -36,6 +41,9 @@ class Quarantine:
     def add(self, file: str, row: int, problem: Rejected, raw: Any) -> None:
         self.rows += 1
         self.reasons[problem.reason] += 1
+        if len(self.examples) >= EXAMPLES and self.kept >= self._limit:
+            return
+        problem, raw = self._personal.redacted(problem, raw)
         if len(self.examples) < EXAMPLES:
             self.examples.append(f"{file}, row {row}: {problem}")
         if self.kept >= self._limit:

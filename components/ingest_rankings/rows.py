@@ -1,41 +1,56 @@
-"""Rows out of bytes: JSON lines, plain or gzip, and Parquet, told apart by their first bytes and never by their name.
+"""Rows out of bytes: JSON lines, JSON arrays of objects, Parquet and Arrow, plain or packed with gzip or zstd.
 
-Rows come one at a time, so memory does not grow with the file. A row that cannot be parsed is a `Row` with a problem and reading
-goes on. A file that cannot be read to its end (gzip or Parquet cut off) stops the whole ingestion instead: how many of its rows
-are missing is unknown, so no count could add up.
+All are told apart by their first bytes, never by their name; only a table of text (CSV, TSV) is known by its name alone. Rows come
+one at a time, so memory does not grow with the file. A row that cannot be parsed is a `Row` with a problem and reading goes on. A
+file that cannot be read to its end (cut off, or damaged) stops the whole ingestion instead: how many of its rows are missing is
+unknown, so no count could add up.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
+import re
 import reprlib
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import ijson
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.services.exits import DoNotRetry
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 READ_BYTES = 2**18  # of a stream at a time
 TABLE_ROWS = 256  # of a table in memory at a time
-GZIP_MAGIC = b"\x1f\x8b"
-PARQUET_MAGIC = b"PAR1"
+PEEK_BYTES = 64
+GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+PARQUET_MAGIC, ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+PACKED = (".gz", ".zst")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 UTF8_MARK = b"\xef\xbb\xbf"
 _UNREADABLE = {
     b"PK\x03\x04": "a zip archive",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
     b"BZh": "compressed with bzip2",
     b"\xfd7zXZ": "compressed with xz",
-    b"ARROW1": "an Arrow file",
 }
-_BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+_BROKEN_PACKING = (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError)
+_ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
+
+
+DECLINED = "the rater gave no answer"  # the reason of what the tool's own rules set aside: skipped, discarded, a draft
 
 
 class Rejected(ValueError):
@@ -71,34 +86,55 @@ def read_rows(stream: BinaryIO, uri: str, scratch: Path, max_row_bytes: int) -> 
 
     Args:
         stream: the file's bytes; it need not be seekable.
-        uri: the file's name in messages.
-        scratch: folder for a copy of a Parquet file, which can only be read from its end.
-        max_row_bytes: a longer JSON line is rejected without being held in memory.
+        uri: the file's name in messages; its suffix says whether it is CSV or TSV.
+        scratch: folder for a copy of a Parquet or an Arrow file, which can only be read from its end.
+        max_row_bytes: a longer JSON line is rejected without being held in memory, a longer cell of a CSV ends the reading.
 
     Raises:
         DoNotRetry: the file is cut off, damaged, or of a kind that cannot be read.
     """
     buffered = io.BufferedReader(cast(io.RawIOBase, _Raw(stream)), READ_BYTES)
-    start = buffered.peek(8)[:8]
-    line = 0
+    start = buffered.peek(PEEK_BYTES)[:PEEK_BYTES]
+    last = 0
     try:
-        if start.startswith(GZIP_MAGIC):
-            buffered = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=buffered)), READ_BYTES)
-            start = buffered.peek(8)[:8]
-        for magic, kind in _UNREADABLE.items():
-            if start.startswith(magic):
-                raise DoNotRetry(f"{uri} is {kind}", "give JSON lines (plain or gzip) or Parquet")
-        if start.startswith(PARQUET_MAGIC):
-            yield from _parquet_rows(buffered, uri, scratch)
-            return
-        for row in _lines(buffered, max_row_bytes):
-            line = row.number
+        if start.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
+            unpacked = gzip.GzipFile(fileobj=buffered) if start.startswith(GZIP_MAGIC) else zstd.ZstdFile(buffered)
+            buffered = io.BufferedReader(cast(io.RawIOBase, unpacked), READ_BYTES)
+            start = buffered.peek(PEEK_BYTES)[:PEEK_BYTES]
+        for row in _rows(buffered, start, uri, scratch, max_row_bytes):
+            last = row.number
             yield row
-    except _BROKEN_GZIP as error:
-        raise DoNotRetry(
-            f"{uri}: the gzip stream breaks after line {line} ({error})",
-            "the file is cut off or damaged: copy it here again. Nothing was ingested, for the number of lost rows is unknown",
-        ) from error
+    except _BROKEN_PACKING as error:
+        raise DoNotRetry(f"{uri}: its compressed data breaks after row {last} ({error})", _CUT_OFF) from error
+
+
+_CUT_OFF = "the file is cut off or damaged: copy it here again. Nothing was ingested, for the number of lost rows is unknown"
+
+
+def _rows(stream: io.BufferedReader[Any], start: bytes, uri: str, scratch: Path, max_row_bytes: int) -> Iterator[Row]:
+    """The rows of unpacked bytes that begin with `start`."""
+    for magic, kind in _UNREADABLE.items():
+        if start.startswith(magic):
+            raise DoNotRetry(f"{uri} is {kind}", "give JSON, CSV, Parquet or Arrow, plain or packed with gzip or zstd")
+    if start.startswith(PARQUET_MAGIC):
+        return _parquet_rows(stream, uri, scratch)
+    if start.startswith((ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC)):
+        return _arrow_rows(stream, uri, scratch, start.startswith(ARROW_FILE_MAGIC))
+    if start.startswith(UTF8_MARK):
+        stream.read(len(UTF8_MARK))
+    if delimiter := delimiter_of(uri):
+        return csv_rows(stream, uri, delimiter, max_row_bytes)
+    if _ARRAY.match(start.removeprefix(UTF8_MARK)):
+        return _array_rows(stream, uri)
+    return _lines(stream, max_row_bytes)
+
+
+def delimiter_of(name: str) -> str:
+    """Of the cells of a table of text, by the file's name; "" for any other file."""
+    lower = name.lower()
+    for suffix in PACKED:
+        lower = lower.removesuffix(suffix)
+    return next((delimiter for suffix, delimiter in DELIMITERS.items() if lower.endswith(suffix)), "")
 
 
 class _Raw(io.RawIOBase):
@@ -117,12 +153,10 @@ class _Raw(io.RawIOBase):
 
 
 def _lines(stream: io.BufferedReader[Any], max_row_bytes: int) -> Iterator[Row]:
-    """Blank lines are no rows; a UTF-8 byte order mark before the first line is no part of it."""
+    """Blank lines are no rows."""
     number = 0
     while line := stream.readline(max_row_bytes + 1):
         number += 1
-        if number == 1:
-            line = line.removeprefix(UTF8_MARK)
         if len(line) > max_row_bytes and not line.endswith(b"\n"):
             size = len(line)
             while rest := stream.readline(READ_BYTES):
@@ -146,9 +180,67 @@ def parse_line(number: int, line: bytes) -> Row:
             return Row(number, None, line, Rejected("not UTF-8", f"byte {wrong.start + 1} is 0x{line[wrong.start]:02x}"))
         return Row(number, None, line, Rejected("not JSON", str(error)))
     if not isinstance(value, dict):
-        hint = "; a JSON array is not JSON lines, write one object a line" if isinstance(value, list) else ""
-        return Row(number, None, line, Rejected("not a JSON object", shown(value) + hint))
+        return Row(number, None, line, Rejected("not a JSON object", shown(value)))
     return Row(number, value, line)
+
+
+def _array_rows(stream: io.BufferedReader[Any], uri: str) -> Iterator[Row]:
+    """The elements of one JSON array, which need not be on lines of their own."""
+    number = 0
+    try:
+        for number, value in enumerate(ijson.items(stream, "item", use_float=True), 1):
+            problem = None if isinstance(value, dict) else Rejected("not a JSON object", shown(value))
+            yield Row(number, value, value, problem)
+    except ijson.JSONError as error:
+        raise DoNotRetry(f"{uri}: the JSON array breaks after its element {number} ({error})", _CUT_OFF) from error
+
+
+def csv_rows(stream: io.BufferedReader[Any], uri: str, delimiter: str, max_row_bytes: int) -> Iterator[Row]:
+    """The records of a table of text below its header; every value is a text, and an empty cell is None.
+
+    A record may span lines (RFC 4180); its number is that of the line where it begins.
+    """
+    csv.field_size_limit(max_row_bytes)
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    records = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    line = 1
+    while True:
+        try:
+            cells = next(records, None)
+        except csv.Error as error:
+            if "unexpected end of data" in str(error) or "field limit" in str(error):
+                raise DoNotRetry(f"{uri}, line {line}: a quoted cell does not end, or is too long ({error})", _CUT_OFF) from error
+            yield Row(line, None, b"", Rejected("not a record of the table", str(error)))
+            line = records.line_num + 1
+            continue
+        if cells is None:
+            break
+        if not header:
+            header = cells
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                raise DoNotRetry(f"{uri}: columns of the same name: {', '.join(map(repr, twice))}", "rename them in the first line")
+        elif cells:
+            value = {name: cell or None for name, cell in zip(header, cells, strict=False)}
+            right = len(cells) == len(header)
+            problem = None if right else Rejected("not one cell per column", f"{len(cells)} cells for {len(header)} columns")
+            yield Row(line, value if right else None, cells, problem)
+        line = records.line_num + 1
+
+
+def _arrow_rows(stream: BinaryIO, uri: str, scratch: Path, is_file: bool) -> Iterator[Row]:
+    """An Arrow file (Feather 2), or a stream, as `datasets` keeps its own."""
+    with tempfile.NamedTemporaryFile(dir=scratch, suffix=".arrow") as copy:
+        shutil.copyfileobj(stream, copy, READ_BYTES)
+        copy.flush()
+        try:
+            with pa.memory_map(copy.name) as mapped:
+                reader = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
+                slices = (batch.slice(i, TABLE_ROWS) for batch in batches for i in range(0, batch.num_rows, TABLE_ROWS))
+                yield from table_rows(slices, as_stored=True)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DoNotRetry(f"{uri} is not a readable Arrow file: {error}", "copy or write it again") from error
 
 
 def _parquet_rows(stream: BinaryIO, uri: str, scratch: Path) -> Iterator[Row]:
@@ -156,17 +248,24 @@ def _parquet_rows(stream: BinaryIO, uri: str, scratch: Path) -> Iterator[Row]:
         shutil.copyfileobj(stream, copy, READ_BYTES)
         copy.flush()
         try:
-            file = pq.ParquetFile(copy.name, pre_buffer=False, buffer_size=READ_BYTES)
+            file = pq.ParquetFile(copy.name, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True)
             yield from table_rows(file.iter_batches(batch_size=TABLE_ROWS))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DoNotRetry(f"{uri} is not a readable Parquet file: {error}", "copy or write it again") from error
 
 
-def table_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[Row]:
-    """The rows of a table; one whose values cannot be read (a text that is not UTF-8) does not hide the others."""
+def table_rows(batches: Iterable[pa.RecordBatch], as_stored: bool = False) -> Iterator[Row]:
+    """The rows of a table; one whose values cannot be read (a text that is not UTF-8) does not hide the others.
+
+    Args:
+        as_stored: the batches are bytes of a file that nobody has looked at, as Arrow's are: damaged ones make Arrow read beyond
+            its memory unless each is validated. Parquet's are made by its reader.
+    """
     number = 0
     for batch in batches:
         try:
+            if as_stored:
+                batch.validate(full=True)
             values: list[Any] | None = batch.to_pylist()
         except (ValueError, OverflowError):
             values = None
@@ -175,11 +274,15 @@ def table_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[Row]:
             if values is not None:
                 yield Row(number, values[place], values[place])
                 continue
+            one = batch.slice(place, 1)
             try:
-                value = batch.slice(place, 1).to_pylist()[0]
+                if as_stored:
+                    one.validate(full=True)
+                value = one.to_pylist()[0]
             except UnicodeDecodeError as error:
                 yield Row(number, None, error.object, Rejected("not UTF-8", str(error)))
             except (ValueError, OverflowError) as error:
-                yield Row(number, None, b"", Rejected("unreadable value", str(error)))
+                reason = "not UTF-8" if "UTF8" in str(error) else "unreadable value"
+                yield Row(number, None, b"", Rejected(reason, str(error)))
             else:
                 yield Row(number, value, value)

@@ -15,15 +15,17 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
-from components.ingest_rankings.rows import TABLE_ROWS, Row, read_rows, table_rows
+from components.ingest_rankings.rows import DELIMITERS, PACKED, READ_BYTES, TABLE_ROWS, Row, read_rows, table_rows
 from components.services.exits import DoNotRetry, Retry
 from components.services.storage import MARKER, Storage, StoredObject
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+_PACKABLE = (".jsonl", ".ndjson", ".json", *DELIMITERS)
+SUFFIXES = (*_PACKABLE, *(suffix + packed for suffix in _PACKABLE for packed in PACKED), ".parquet", ".arrow", ".feather")
 SAVED_DATASET = "dataset_info.json"  # what marks a folder of `Dataset.save_to_disk`
 SAVED_DATASETS = "dataset_dict.json"  # and one of `DatasetDict.save_to_disk`
 _ABOUT_DATA = {MARKER, SAVED_DATASET, SAVED_DATASETS, "dataset_infos.json", "state.json"}
@@ -31,11 +33,17 @@ _ABOUT_DATA = {MARKER, SAVED_DATASET, SAVED_DATASETS, "dataset_infos.json", "sta
 _log = logging.getLogger(__name__)
 
 
-class SourceFile(NamedTuple):
-    """One file (or one split of a dataset). `rows` opens it and yields its rows."""
+@dataclass(frozen=True)
+class SourceFile:
+    """One file (or one split of a dataset). `rows` opens it and yields its rows.
+
+    Of an S3 object, `stored` is what the listing said; once the rows have been read to their end, `sha256` has seen every byte.
+    """
 
     uri: str
     rows: Callable[[], Iterator[Row]]
+    stored: StoredObject | None = None
+    sha256: Any = None
 
 
 class Source(NamedTuple):
@@ -60,7 +68,7 @@ def find_source(uri: str, storage: Storage, scratch: Path, max_row_bytes: int) -
     """
     if uri.startswith("s3://"):
         objects, skipped = _objects(uri, storage)
-        files = [SourceFile(o.uri, partial(_object_rows, o.uri, storage, scratch, max_row_bytes)) for o in objects]
+        files = [_object_file(each, storage, scratch, max_row_bytes) for each in objects]
     elif uri.startswith("hf://"):
         files, skipped = _hub_files(_hub_name(uri)), []
     else:
@@ -160,9 +168,30 @@ def _objects(uri: str, storage: Storage) -> tuple[list[StoredObject], list[str]]
     return [o for o in below if _is_data(names[o.uri])], [o.uri for o in below if not _is_data(names[o.uri])]
 
 
-def _object_rows(uri: str, storage: Storage, scratch: Path, max_row_bytes: int) -> Iterator[Row]:
-    with storage.open_read(uri) as stream:
-        yield from read_rows(stream, uri, scratch, max_row_bytes)
+def _object_file(item: StoredObject, storage: Storage, scratch: Path, max_row_bytes: int) -> SourceFile:
+    sha256 = hashlib.sha256()
+    return SourceFile(item.uri, partial(_object_rows, item, sha256, storage, scratch, max_row_bytes), item, sha256)
+
+
+def _object_rows(item: StoredObject, sha256: Any, storage: Storage, scratch: Path, max_row_bytes: int) -> Iterator[Row]:
+    with storage.open_read(item.uri, item.etag) as stream:
+        seen = _Hashed(stream, sha256)
+        yield from read_rows(cast(BinaryIO, seen), item.uri, scratch, max_row_bytes)
+        while seen.read(READ_BYTES):  # what stands behind the rows
+            pass
+
+
+class _Hashed:
+    """A stream whose bytes a digest sees as they are read."""
+
+    def __init__(self, stream: BinaryIO, sha256: Any) -> None:
+        self._stream = stream
+        self._sha256 = sha256
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._sha256.update(data)
+        return data
 
 
 # -- datasets --------------------------------------------------------------------------------------------------------------
@@ -191,7 +220,8 @@ def _saved_files(folder: Path) -> list[SourceFile]:
 
 def _saved_rows(dataset: Any) -> Iterator[Row]:
     tables = dataset.with_format("arrow").iter(batch_size=TABLE_ROWS)
-    return table_rows(batch for table in tables for batch in table.combine_chunks().to_batches())
+    batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
+    return table_rows(batches, as_stored=True)
 
 
 def _hub_name(uri: str) -> _HubName:

@@ -15,6 +15,7 @@ def register_model(
     evaluation_uri: str,
     gate: str,
     metrics: dsl.Output[dsl.Metrics],
+    report: dsl.Output[dsl.HTML],
 ) -> NamedTuple("Outputs", version=str, alias=str):  # type: ignore[valid-type]
     from components.services.launch import launch
 
@@ -23,4 +24,5 @@ def register_model(
         config,
         {"candidate_uri": candidate_uri, "reward_model_uri": reward_model_uri, "evaluation_uri": evaluation_uri, "gate": gate},
         metrics=metrics,
+        html=report,
     )

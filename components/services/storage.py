@@ -7,10 +7,12 @@ stage that dies half-way leaves nothing that can be mistaken for a result.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 MARKER = "rankloop.json"  # written last; a folder is complete when it is there
+FILES = "sha256"  # the marker's key of the digests: {name of a file below the folder: SHA-256 of its bytes}
 
 _NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
 _FORBIDDEN = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
@@ -47,6 +50,14 @@ class StoredObject(NamedTuple):
     uri: str
     size_bytes: int
     etag: str
+
+
+class StoredVersion(NamedTuple):
+    """One object's content. `age_seconds` is told by the server's own clock, in whole seconds."""
+
+    data: bytes
+    etag: str
+    age_seconds: float
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -143,15 +154,25 @@ class Storage:
         return json.loads(self.get_bytes(uri))
 
     @contextmanager
-    def open_read(self, uri: str) -> Iterator[BinaryIO]:
-        """The object's body as a stream; nothing is held in memory or on disk."""
+    def open_read(self, uri: str, etag: str = "") -> Iterator[BinaryIO]:
+        """The object's body as a stream; nothing is held in memory or on disk.
+
+        Raises:
+            Retry: the object has another etag than the one given.
+        """
         bucket, key = split_uri(uri)
         with self._errors(uri, streaming=True):
-            body = self._client.get_object(Bucket=bucket, Key=key)["Body"]
             try:
-                yield cast(BinaryIO, body)
+                client = self._client
+                got = client.get_object(Bucket=bucket, Key=key, IfMatch=etag) if etag else client.get_object(Bucket=bucket, Key=key)
+            except ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
+                    raise Retry(f"{uri} changed since it was listed", "run again") from error
+                raise
+            try:
+                yield cast(BinaryIO, got["Body"])
             finally:
-                body.close()
+                got["Body"].close()
 
     def put_bytes(self, uri: str, data: bytes) -> None:
         bucket, key = split_uri(uri)
@@ -163,6 +184,9 @@ class Storage:
 
     def put_if(self, uri: str, data: bytes, etag: str = "") -> str:
         """Writes the object if what is there has this etag, or if nothing is there (""); of many callers exactly one succeeds.
+
+        A request whose reply was lost is sent again and then refused for its own success; so what is there is compared with `data`,
+        which must therefore differ from what any other caller writes.
 
         Returns:
             The new etag, or "" if the condition did not hold.
@@ -176,17 +200,21 @@ class Storage:
                     response = self._client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
             except ClientError as error:
                 status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-                if status in (409, 412) or (etag and status == 404):
-                    return ""
-                raise
+                if status not in (409, 412) and not (etag and status == 404):
+                    raise
+                if error.response["ResponseMetadata"].get("RetryAttempts") and status != 404:
+                    found = self.get_version(uri)
+                    return found.etag if found.data == data else ""
+                return ""
         return response["ETag"]
 
-    def get_with_etag(self, uri: str) -> tuple[bytes, str]:
-        """An object's bytes, and the etag that they have."""
+    def get_version(self, uri: str) -> StoredVersion:
+        """An object's bytes with their etag and age."""
         bucket, key = split_uri(uri)
         with self._errors(uri):
             response = self._client.get_object(Bucket=bucket, Key=key)
-            return response["Body"].read(), response["ETag"]
+            now = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
+            return StoredVersion(response["Body"].read(), response["ETag"], (now - response["LastModified"]).total_seconds())
 
     def delete(self, uri: str) -> None:
         """Removes one object; a missing one is not an error."""
@@ -214,15 +242,20 @@ class Storage:
         Args:
             folder: files and sub-folders to upload.
             uri: where they go; `<uri>/rankloop.json` must not be among the files.
-            marker: the content of `rankloop.json`: role, resolved config, digests of parents, code version.
+            marker: the content of `rankloop.json`: role, resolved config, digests of parents, code version. The digest of every
+                file is added to it (`FILES`), so that whoever has the marker's digest can tell whether any byte has changed.
         """
         done: list[str] = []
+        digests: dict[str, str] = {}
         try:
             for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-                target = join(uri, path.relative_to(folder).as_posix())
+                name = path.relative_to(folder).as_posix()
+                target = join(uri, name)
                 done.append(target)
                 self.upload_file(path, target)
-            self.put_json(join(uri, MARKER), marker)
+                with open(path, "rb") as file:
+                    digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            self.put_json(join(uri, MARKER), {**marker, FILES: digests})
         except BaseException:
             for target in done:
                 try:

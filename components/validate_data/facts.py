@@ -125,7 +125,8 @@ def collect(
 
 
 def _counts(facts: Facts, spill: Spill, sums: Comparisons, tests: int, ingest: Mapping[str, Any], examples: Examples) -> None:
-    read = int(ingest["read"])
+    declined = int(ingest.get("declined", 0))  # the rater gave no answer, which says nothing about the data
+    read, quarantined = int(ingest["read"]) - declined, int(ingest["quarantined"]) - declined
     repeated, rows = spill.repeated_ids(EXAMPLES)
     facts.whole |= {
         "repeated_ids": float(repeated),
@@ -134,7 +135,7 @@ def _counts(facts: Facts, spill: Spill, sums: Comparisons, tests: int, ingest: M
         "test_rankings": float(tests),
         "prompts": float(sums.prompts),
         "raters": float(len(spill.raters) + bool(spill.rankings[NOBODY])),
-        "quarantined_fraction": int(ingest["quarantined"]) / read if read else 1.0,
+        "quarantined_fraction": quarantined / read if read else 1.0,
         "tie_fraction": sums.ties / sums.pairs if sums.pairs else 0.0,
         "refusal_fraction": spill.refusals / spill.completions if spill.completions else 0.0,
     }

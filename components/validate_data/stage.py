@@ -34,7 +34,7 @@ class Config(Settings):
     min_raters: int = Field(1, ge=1)
     """Distinct raters at least; 1, because public sets often name none."""
     max_quarantined_fraction: float = Field(0.1, ge=0, le=1)
-    """Share of the rows read that may be in quarantine; more means that the source or the form is wrong."""
+    """Share of the rows read, without those that their rater declined, that may be in quarantine; else source or form is wrong."""
     max_contradiction_fraction: float = Field(0.4, ge=0, le=1)
     """Share of repeated comparisons that may be decided both ways; near 0.5 the raters toss coins."""
     max_tie_fraction: float = Field(0.6, ge=0, le=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components.ingest_rankings.formats import parse
+from components.ingest_rankings.formats import Parsed, parse
 
 ROOT = Path(__file__).parents[2]
 READMES = sorted(
@@ -26,7 +26,8 @@ def test_every_ranking_of_the_readmes_is_one() -> None:
     for path in (ROOT / "README.md", ROOT / "components/ingest_rankings/README.md"):
         for block in blocks(path.read_text(encoding="utf-8")):
             lines = [block] if block.startswith('{"prompt": [') and "\n " in block else block.splitlines()
-            forms += [parse(json.loads(line), "auto", "unspecified", 0.1).form for line in lines]
+            for line in lines:
+                forms += [each.form for each in parse(json.loads(line), "auto", "unspecified", 0.1) if isinstance(each, Parsed)]
     assert forms[:3] == ["rankloop", "kway", "hh"]
     assert set(forms) == {"rankloop", "kway", "hh", "pairs"}
 

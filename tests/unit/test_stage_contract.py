@@ -8,12 +8,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import components
 from components.services.launch import Settings, key_of
-from pipelines import STAGES
+from pipelines.profile import CONFIGURED as STAGES
 
 FOLDER = Path(components.__file__).parent
 EVERY = (*STAGES, "close_run", "stop_run")
@@ -97,7 +98,18 @@ def test_what_only_changes_speed_and_memory_is_no_part_of_the_key(stage: str) ->
     config, inputs = importlib.import_module(f"components.{stage}.stage").Config(), Settings()
     assert set(type(config).model_fields) > config.RUNTIME_ONLY
     for name, value in config:
-        changed = f"{value}x" if isinstance(value, str) else [*value, "x"] if isinstance(value, (list, tuple)) else value + 1
-        other = config.model_copy(update={name: changed})
+        other = config.model_copy(update={name: _another(value)})
         same = key_of(stage, other, inputs) == key_of(stage, config, inputs)
         assert same == (name in config.RUNTIME_ONLY), name
+
+
+def _another(value: Any) -> Any:
+    """A value that differs from a setting's default."""
+    match value:
+        case str():
+            return f"{value}x"
+        case dict():
+            return {**value, "x": "x"}
+        case list() | tuple():
+            return [*value, "x"]
+    return value + 1

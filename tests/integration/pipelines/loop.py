@@ -21,8 +21,8 @@ STAGES = stages_of("ppo")
 PROFILE = Path(__file__).with_name("small.yaml")
 
 
-def command(home: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "pipelines.cli", "run", "--profile", str(PROFILE), "--home", str(home), *options]
+def command(home: Path, *options: str, verb: str = "run") -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", verb, "--profile", str(PROFILE), "--home", str(home), *options]
 
 
 def environment() -> dict[str, str]:
@@ -30,8 +30,10 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RANKLOOP_"))}
 
 
-def run(home: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(home, *options), capture_output=True, text=True, env=environment(), timeout=300, check=False)
+def run(home: Path, *options: str, verb: str = "run") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(home, *options, verb=verb), capture_output=True, text=True, env=environment(), timeout=300, check=False
+    )
 
 
 def start(home: Path, *options: str) -> subprocess.Popen[str]:

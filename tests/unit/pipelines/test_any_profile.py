@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from components.services.exits import DoNotRetry
-from pipelines import STAGES
+from pipelines.profile import CONFIGURED as STAGES
 from pipelines.profile import Profile, load
 
 KEYS = {stage: set(importlib.import_module(f"components.{stage}.stage").Config.model_fields) for stage in STAGES}

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from pipelines.cli import app
 
 
 def rankloop(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -21,6 +25,16 @@ def test_every_command_explains_itself(command: str) -> None:
     done = rankloop(command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["list", "show", "promote", "rollback", "compare", "verify", "audit"])
+def test_every_command_about_models_explains_itself_and_its_options(command: str) -> None:
+    result = CliRunner().invoke(app, ["models", command, "--help"], terminal_width=200)
+    assert result.exit_code == 0
+    (told,) = (each for each in get_command(app).commands["models"].commands.values() if each.name == command)
+    assert told.help
+    for parameter in told.params:
+        assert parameter.help, f"{command} {parameter.name} says nothing of itself"
 
 
 def test_compile_writes_the_graph(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from components.services.exits import DoNotRetry
-from pipelines import STAGES, stages_of
+from pipelines import STAGES, WATCH, stages_of
 from pipelines.profile import load, names
 
 
 @pytest.mark.parametrize("name", names())
 def test_each_profile_of_ours_loads_with_every_setting_of_every_stage(name: str) -> None:
     profile = load(name)
-    assert tuple(profile.stages) == STAGES
+    assert tuple(profile.stages) == (*STAGES, WATCH)
     assert profile.description
     assert profile.stages["ppo_finetune"]["gamma"] == 1.0, "a default that no profile names is resolved"
 

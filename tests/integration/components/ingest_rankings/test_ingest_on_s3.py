@@ -86,10 +86,10 @@ def test_prefix_of_several_objects_and_forms(root: str, tmp_path: Path) -> None:
     assert report["reasons"] == {"not JSON": 1}
     assert report["skipped"] == [f"{source}/LICENSE"]
     assert report["snapshot_uri"] == outputs.snapshot_uri
-    assert [(each["uri"], each["rows"], each["format"]) for each in report["files"]] == [
-        (f"{source}/a.jsonl", 21, "kway"),
-        (f"{source}/c.parquet", 20, "kway"),
-        (f"{source}/deep/er/b.jsonl.gz", 30, "kway"),
+    assert [(each["uri"], each["rows"], each["formats"]) for each in report["files"]] == [
+        (f"{source}/a.jsonl", 21, {"kway": 20}),
+        (f"{source}/c.parquet", 20, {"kway": 20}),
+        (f"{source}/deep/er/b.jsonl.gz", 30, {"kway": 30}),
     ]
     (entry,) = [json.loads(line) for line in (tmp_path / "report" / "quarantine.jsonl").read_bytes().splitlines()]
     assert (entry["file"], entry["row"], entry["reason"]) == (f"{source}/a.jsonl", 21, "not JSON")
@@ -190,14 +190,14 @@ def test_nothing_is_written_when_a_file_is_cut_off(root: str, tmp_path: Path) ->
     storage = Storage()
     storage.put_bytes(f"{root}/source/a.jsonl", lines(ROWS))
     storage.put_bytes(f"{root}/source/b.jsonl.gz", gzip.compress(lines(ROWS))[:-20])
-    with pytest.raises(DoNotRetry, match=r"b\.jsonl\.gz: the gzip stream breaks after line \d+"):
+    with pytest.raises(DoNotRetry, match=r"b\.jsonl\.gz: its compressed data breaks after row \d+"):
         ingest(f"{root}/source", tmp_path)
     assert written(root) == []
 
 
 def test_nothing_is_written_when_no_row_is_a_ranking(root: str, tmp_path: Path) -> None:
     Storage().put_bytes(f"{root}/source/a.json", b'[{"prompt": "x"},\n {"prompt": "y"}]')
-    with pytest.raises(DoNotRetry, match=r"no ranking in 2 rows of 1 files\n.*a\.json, row 1: not JSON"):
+    with pytest.raises(DoNotRetry, match=r"no ranking in 2 rows of 1 files\n.*a\.json, row 1: unknown form"):
         ingest(f"{root}/source", tmp_path)
     Storage().put_bytes(f"{root}/empty/a.json", b"\n")
     with pytest.raises(DoNotRetry, match="no ranking in 0 rows of 1 files"):

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from components.register_model import stage
-from components.register_model.promotion import champion_of, lock
+from components.register_model.audit import Audit
+from components.register_model.card import escape
+from components.register_model.lease import lock
 from components.rlhf.gate import RULES, decide
 from components.rlhf.models import new_scorer, save_model
+from components.rlhf.records import Message
 from components.rlhf.scratch_model import new_model, train_tokenizer
+from components.rlhf.tokens import encode_prompt
 from components.services.exits import DoNotRetry, Retry
 from components.services.launch import Context
 from components.services.storage import Storage, join
 from components.services.tracking import client
 from pipelines.local_services import LocalServices, free_ports
+from tests.promotion_processes import killed
 
+CREATE = "POST .*/model-versions/create"
 GOOD = {
     "win_rate_over_sft": {"value": 0.8, "low": 0.7, "high": 0.9},
     "win_rate_over_champion": {"value": 0.7, "low": 0.6, "high": 0.8},
@@ -74,7 +88,9 @@ def world(services: LocalServices, tmp_path_factory: pytest.TempPathFactory) -> 
 
     policies = []
     for seed in range(3):
-        save_model(new_model(tokenizer, layers=1, hidden=16, heads=2, context_tokens=64, seed=seed), tokenizer, home / str(seed))
+        model = new_model(tokenizer, layers=1, hidden=16, heads=2, context_tokens=64, seed=seed)
+        model.generation_config.suppress_tokens = tokenizer.all_special_ids  # a random policy says nothing else
+        save_model(model, tokenizer, home / str(seed))
         policies.append(publish(home / str(seed), "policy"))
     scorer = new_scorer(home / "0", seed=5)
     scorer.config.pad_token_id = tokenizer.pad_token_id
@@ -95,6 +111,7 @@ def world(services: LocalServices, tmp_path_factory: pytest.TempPathFactory) -> 
             "measures": GOOD | measures,
             "thresholds": THRESHOLDS | ({"min_win_rate_over_champion": 0.5} if champion else {}),
             "gate": gate,
+            "config": {"max_new_tokens": 12, "temperature": 1.0},
         }
         storage.put_bytes(join(uri, "evaluation.json"), json.dumps(document).encode())
         return uri
@@ -132,7 +149,7 @@ def test_champions_follow_each_other_and_the_old_one_is_kept(world: World, name:
     failing = world.evaluation(third, champion="2", gate="fail", kl_reference={"value": 99.0, "low": 98, "high": 100})
     assert register(world, name, third, failing, gate="fail") == ("3", "challenger")
     assert aliases(name) == {"champion": "2", "previous_champion": "1", "challenger": "3"}
-    assert aliases(name + "-reward") == {"champion": "1", "challenger": "1"}, "one reward model, registered once"
+    assert aliases(name + "-reward") == dict.fromkeys(("champion", "previous_champion", "challenger"), "1"), "registered once"
 
     tags = client().get_model_version(name, "2").tags
     assert tags["policy_uri"] == second
@@ -144,8 +161,14 @@ def test_champions_follow_each_other_and_the_old_one_is_kept(world: World, name:
     assert tags["gate.refusal_harmful_drop"] == "-0.1 [-0.2, 0.01], high <= 0.1: pass"
     assert tags["gate.refusal_harmless_rise"] == "?, high <= ?: not required"
     assert client().get_model_version(name, "3").tags["gate"] == "fail"
-    audit = [Storage().get_json(item.uri) for item in Storage().list(f"s3://rankloop/registry/{name}/audit/")]
-    assert [(each["from"], each["to"]) for each in audit] == [("", "1"), ("1", "2")]
+    begun = [each.content for each in Audit(Storage(), f"s3://rankloop/registry/{name}/audit").records()]
+    champions = [
+        (move["from"], move["to"])
+        for each in begun
+        for move in each["moves"]
+        if (move["model"], move["alias"]) == (name, "champion")
+    ]
+    assert champions == [("", "1"), ("1", "2")]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +208,8 @@ def test_line_41_every_number_of_the_gate_is_on_the_registered_version(world: Wo
         for number in (row["value"], row["low"], row["high"], row["threshold"]):
             assert number is None or f"{number:.4g}" in said
         assert said.endswith(f": {row['verdict']}")
-        assert row["sentence"] in version.description
+        shown = "– " if row["threshold"] is None else escape(f"{row['relation']} {row['threshold']:g}")
+        assert f"| {shown.strip()} | {row['verdict']} |" in version.description, "the card has it, too"
     assert version.tags["gate.length_ratio"] == "1.5 [1.25, 1.75], value <= 2: pass"
 
 
@@ -207,6 +231,23 @@ def test_a_retry_registers_nothing_twice(world: World, name: str) -> None:
     assert len(client().search_model_versions(f"name = '{name}'")) == 1
 
 
+@pytest.mark.parametrize("request_number", range(2))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_around_a_registration_the_retry_registers_nothing_twice(
+    world: World, name: str, request_number: int, when: str
+) -> None:
+    """Of the reward model's version or the policy's: before MLflow makes it, or before anything is done with it."""
+    candidate = world.policies[0]
+    evaluation = world.evaluation(candidate)
+    assert killed(partial(register, world, name, candidate, evaluation), request_number, CREATE, after=when == "after")
+    there = len(client().search_model_versions(f"name = '{name}-reward'")) + len(client().search_model_versions(f"name = '{name}'"))
+    assert there == request_number + (when == "after")
+    assert register(world, name, candidate, evaluation) == ("1", "champion")
+    for model in (name, f"{name}-reward"):
+        assert len(client().search_model_versions(f"name = '{model}'")) == 1
+        assert aliases(model) == {"champion": "1", "challenger": "1"}
+
+
 def test_an_evaluation_of_another_policy_registers_nothing(world: World, name: str) -> None:
     first, second, _ = world.policies
     with pytest.raises(DoNotRetry, match="is of another candidate_uri"):
@@ -214,16 +255,25 @@ def test_an_evaluation_of_another_policy_registers_nothing(world: World, name: s
     assert not client().search_registered_models(f"name = '{name}'")
 
 
-def test_the_champion_loads_by_its_alias_and_generates_and_the_reward_model_scores_the_same(world: World, name: str) -> None:
+def test_the_champion_loads_and_serves_by_its_alias_and_the_reward_model_scores_the_same(world: World, name: str) -> None:
     import mlflow
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     candidate = world.policies[0]
     register(world, name, candidate, world.evaluation(candidate))
     mlflow.set_tracking_uri(client().tracking_uri)
-    text = mlflow.transformers.load_model(f"models:/{name}@champion")("please help", max_new_tokens=4)[0]["generated_text"]
-    assert text.startswith("please help")
-    assert len(text) > len("please help")
+    asked = [{"role": "user", "content": "please help my printer"}]
+    expected = greedy(world.home / "0", asked, 12)
+    answer = mlflow.transformers.load_model(f"models:/{name}@champion")(asked, max_new_tokens=12, do_sample=False)
+    assert answer[0]["generated_text"][-1]["content"] == expected != "", "it reads the prompt as in training"
+
+    with served(f"models:/{name}@champion", world.home) as address:
+        reply = ask(address, {"messages": asked, "temperature": 1e-4})
+        assert "".join(reply["choices"][0]["message"]["content"].split()) == "".join(expected.split())
+        assert reply["model"] == f"models:/{name}"
+        assert reply["usage"]["completion_tokens"] == 12, "max_new_tokens of its evaluation, where a request names none"
+        assert ask(address, {"messages": asked, "max_tokens": 3})["usage"]["completion_tokens"] == 3
+        drawn = {ask(address, {"messages": asked})["choices"][0]["message"]["content"] for _ in range(4)}
+        assert len(drawn) > 1, "it samples, as in its evaluation, where a request names no temperature"
 
     scorer = mlflow.transformers.load_model(f"models:/{name}-reward@champion")
     plain, tokenizer = AutoModelForSequenceClassification.from_pretrained(world.folder), AutoTokenizer.from_pretrained(world.folder)
@@ -231,6 +281,50 @@ def test_the_champion_loads_by_its_alias_and_generates_and_the_reward_model_scor
         with torch.no_grad():
             expected = plain(**tokenizer(said, return_tensors="pt")).logits.item()
         assert scorer(said)[0]["score"] == pytest.approx(expected, abs=1e-4)
+
+
+def greedy(folder: Path, messages: list[Message], tokens: int) -> str:
+    """The likeliest answer of the policy in a folder, read as in training."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt, _ = encode_prompt(tokenizer, messages, 64)
+    drawn = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(drawn[0, len(prompt) :], skip_special_tokens=True))
+
+
+@contextmanager
+def served(uri: str, folder: Path) -> Iterator[str]:
+    """MLflow's own server of a registered model; its address."""
+    (port,) = free_ports(1)
+    command = [*(sys.executable, "-m", "mlflow", "models", "serve", "-m", uri), *("--env-manager", "local", "--workers", "1")]
+    with open(folder / "serve.log", "wb") as log:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # it calls uvicorn by its name
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "serve.log").read_text()
+                assert time.monotonic() < deadline, (folder / "serve.log").read_text()
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ask(address: str, request: dict[str, Any]) -> dict[str, Any]:
+    sent = urllib.request.Request(address, json.dumps(request).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(sent, timeout=60) as reply:
+        found: dict[str, Any] = json.load(reply)[0]
+    return found
 
 
 def test_mlflow_that_is_down_is_a_failure_to_retry(world: World, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,8 +373,3 @@ def test_a_lease_that_ran_out_is_taken_over_and_its_old_owner_does_not_free_the_
             with pytest.raises(Retry, match=f"is held by {owner}"):
                 late.__enter__()
     assert Storage().get_json(uri)["owner"] == "", "free again"
-
-
-def test_champion_of_a_model_without_one(world: World, name: str) -> None:
-    client().create_registered_model(name)
-    assert champion_of(client(), name) == ""

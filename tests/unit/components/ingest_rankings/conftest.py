@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import orjson
 import pytest
 
+from components.ingest_rankings.personal_data.policy import PersonalData
 from components.ingest_rankings.quarantine import Quarantine
 from components.ingest_rankings.snapshot import Snapshot, SnapshotWriter
 from components.ingest_rankings.sources import find_source
@@ -25,13 +26,18 @@ class Ingested(NamedTuple):
     duplicates: int
     ignored: Counter[str]
     files: list[Any]
+    personal_data: dict[str, Any]
 
 
 def ingest_source(uri: str, scratch: Path, config: Config) -> Ingested:
     source = find_source(uri, Storage(), scratch, config.max_row_bytes)
     ignored: Counter[str] = Counter()
-    with Quarantine(scratch / "q.jsonl", config.max_quarantined) as quarantine, SnapshotWriter(scratch / "sort") as writer:
-        files = sort_out(source, all_rows(source), config, writer, quarantine, ignored)
+    personal = PersonalData(config.personal_data, config.phone_region, config.test_fraction)
+    with (
+        Quarantine(scratch / "q.jsonl", config.max_quarantined, personal) as quarantine,
+        SnapshotWriter(scratch / "sort") as writer,
+    ):
+        files = sort_out(source, all_rows(source), config, writer, quarantine, personal, ignored, scratch / "groups")
         snapshot = writer.write(writer.sorted_records(), scratch / "snapshot")
     return Ingested(
         snapshot,
@@ -42,6 +48,7 @@ def ingest_source(uri: str, scratch: Path, config: Config) -> Ingested:
         writer.added - snapshot.rankings,
         ignored,
         files,
+        personal.report(),
     )
 
 

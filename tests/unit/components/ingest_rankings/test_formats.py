@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.ingest_rankings.formats import parse
+from components.ingest_rankings.formats import Parsed, parse
 from components.ingest_rankings.rows import Rejected
 from components.rlhf.records import Ranking
 
@@ -30,13 +30,20 @@ RECORD: dict[str, Any] = {
 }
 
 
+def parse_one(row: dict[str, Any], form: str, source: str, test_fraction: float) -> Parsed:
+    (found,) = parse(row, form, source, test_fraction)
+    if isinstance(found, Rejected):
+        raise found
+    return found
+
+
 def ranking(row: dict[str, Any], form: Any = "auto") -> Ranking:
-    return parse(row, form, "unspecified", 0.1).ranking
+    return parse_one(row, form, "unspecified", 0.1).ranking
 
 
 def reason(row: dict[str, Any], form: Any = "auto") -> str:
     with pytest.raises(Rejected) as caught:
-        parse(row, form, "unspecified", 0.1)
+        parse_one(row, form, "unspecified", 0.1)
     return caught.value.reason
 
 
@@ -78,7 +85,7 @@ def test_id_does_not_depend_on_the_split() -> None:
 )
 def test_scores_become_competition_ranks(scores: list[float], ranks: list[int]) -> None:
     row = {"prompt": "Hi", "completions": list("abcd"), "scores": scores}
-    parsed = parse(row, "auto", "s", 0.1)
+    parsed = parse_one(row, "auto", "s", 0.1)
     assert parsed.form == "kway"
     assert parsed.ranking.ranks == ranks
 
@@ -88,7 +95,7 @@ def test_completions_as_objects() -> None:
         "prompt": [USER],
         "completions": [{"text": "a", "score": 1, "policy": "p", "note": 3}, {"text": "b", "score": 4, "policy": "q"}],
     }
-    parsed = parse(row, "auto", "s", 0.1)
+    parsed = parse_one(row, "auto", "s", 0.1)
     assert parsed.ranking.completions == ["a", "b"]
     assert parsed.ranking.ranks == [2, 1]
     assert parsed.ranking.policies == ["p", "q"]
@@ -98,7 +105,7 @@ def test_completions_as_objects() -> None:
 
 def test_hh_pair() -> None:
     start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Late: \n\nwhy?\n\nAssistant:"
-    parsed = parse({"chosen": start + " Sorry.", "rejected": start + " Wait.\n"}, "auto", "hh-data", 0.1)
+    parsed = parse_one({"chosen": start + " Sorry.", "rejected": start + " Wait.\n"}, "auto", "hh-data", 0.1)
     assert parsed.form == "hh"
     assert parsed.ranking.prompt == [USER, ASSISTANT, {"role": "user", "content": "Late: \n\nwhy?"}]
     assert (parsed.ranking.completions, parsed.ranking.ranks, parsed.ranking.source) == (["Sorry.", "Wait."], [1, 2], "hh-data")
@@ -234,7 +241,7 @@ def test_forced_form_is_not_guessed() -> None:
 
 
 def test_other_fields_are_reported() -> None:
-    assert parse({**PAIR, "margin": 2, "note": None, "ranks": [1]}, "auto", "s", 0.1).ignored == ["margin", "ranks"]
+    assert parse_one({**PAIR, "margin": 2, "note": None, "ranks": [1]}, "auto", "s", 0.1).ignored == ["margin", "ranks"]
 
 
 @pytest.mark.parametrize("ranks", [[1, 2, 3], [3, 1, 2], [1, 1, 1], [1, 1, 2], [1, 1, 3], [2, 2, 1], [1.0, 2.0, 3.0]])
@@ -266,16 +273,16 @@ def test_line_05_conversations_with_the_same_opening_are_on_one_side(opening: st
         turns += [{"role": "assistant", "content": "ok"}, {"role": "user", "content": text}]
     long = {"prompt": [{"role": "system", "content": "s"}, *turns], "completions": ["a", "b"], "ranks": [1, 2]}
     short = {"prompt": f" {opening}\n", "chosen": "x", "rejected": "y"}
-    sides = {parse(row, "pairs" if "chosen" in row else "auto", "s", 0.5).ranking.split for row in (long, short)}
+    sides = {parse_one(row, "pairs" if "chosen" in row else "auto", "s", 0.5).ranking.split for row in (long, short)}
     assert len(sides) == 1
 
 
 def test_share_of_the_test_split() -> None:
     rows = [{"prompt": f"question {n}", "chosen": "a", "rejected": "b"} for n in range(4000)]
     for fraction, low, high in ((0.0, 0, 0), (0.1, 330, 470), (0.5, 1870, 2130)):  # three and a half standard deviations
-        held_out = sum(parse(row, "auto", "s", fraction).ranking.split == "test" for row in rows)
+        held_out = sum(parse_one(row, "auto", "s", fraction).ranking.split == "test" for row in rows)
         assert low <= held_out <= high
-    assert parse({**rows[0], "split": "test"}, "auto", "s", 0.0).ranking.split == "test"
+    assert parse_one({**rows[0], "split": "test"}, "auto", "s", 0.0).ranking.split == "test"
 
 
 JSON = st.recursive(

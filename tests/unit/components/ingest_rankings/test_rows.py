@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.ingest_rankings.rows import Row, read_rows
+from components.ingest_rankings.rows import _ARRAY, Row, read_rows
 from components.services.exits import DoNotRetry
 
 SCRATCH = Path(tempfile.gettempdir())
@@ -102,14 +102,14 @@ def test_longest_allowed_line() -> None:
 @pytest.mark.parametrize("cut", [1, 8, 100])
 def test_gzip_cut_off_ends_the_ingestion(cut: int) -> None:
     packed = gzip.compress(b"".join(b'{"a": "%d"}\n' % (n * n * 7919) for n in range(5000)))
-    with pytest.raises(DoNotRetry, match="the file: the gzip stream breaks after line"):
+    with pytest.raises(DoNotRetry, match="the file: its compressed data breaks after row"):
         read(packed[:-cut])
 
 
 def test_damaged_gzip_ends_the_ingestion() -> None:
     packed = bytearray(gzip.compress(b'{"a": 1}\n' * 5000))
     packed[len(packed) // 2] ^= 255
-    with pytest.raises(DoNotRetry, match="the file: the gzip stream breaks after line"):
+    with pytest.raises(DoNotRetry, match="the file: its compressed data breaks after row"):
         read(bytes(packed))
 
 
@@ -150,7 +150,7 @@ def test_any_bytes_are_rows_problems_or_a_refused_file(data: bytes) -> None:
     try:
         rows = read(data)
     except DoNotRetry:
-        assert data[:2] in (b"\x1f\x8b", b"PK", b"BZ", b"\xfd7", b"\x28\xb5", b"PA", b"AR")
+        assert data[:2] in (b"\x1f\x8b", b"PK", b"BZ", b"\xfd7", b"\x28\xb5", b"PA", b"AR", b"\xff\xff") or _ARRAY.match(data)
         return
     body = data.removeprefix(b"\xef\xbb\xbf")
     assert [row.number for row in rows] == [n for n, line in enumerate(body.split(b"\n"), 1) if line.strip()]

@@ -110,7 +110,7 @@ _MEASURE = """
 import json, resource, sys
 from pathlib import Path
 from components.ingest_rankings.snapshot import SnapshotWriter
-from components.ingest_rankings.formats import parse
+from components.ingest_rankings.formats import Parsed, parse
 from components.ingest_rankings.rows import read_rows
 
 class Lines:
@@ -127,7 +127,9 @@ class Lines:
 folder = Path(sys.argv[1])
 with SnapshotWriter(folder / "sort") as writer:
     for row in read_rows(Lines(int(sys.argv[2])), "generated", folder, 10**6):
-        writer.add(parse(row.value, "auto", "s", 0.1).ranking)
+        (parsed,) = parse(row.value, "auto", "s", 0.1)
+        assert isinstance(parsed, Parsed)
+        writer.add(parsed.ranking)
     snapshot = writer.write(writer.sorted_records(), folder / "snapshot")
 print(snapshot.rankings, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """

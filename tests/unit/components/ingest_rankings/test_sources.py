@@ -97,14 +97,14 @@ def test_saved_dataset(tmp_path: Path, ingest: Callable[..., Any]) -> None:
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     result = ingest(tmp_path / "saved")
     assert result.snapshot.digest == ingest({"a.jsonl": LINES}).snapshot.digest
-    assert [file.uri for file in result.files] == [str(tmp_path / "saved")]
+    assert [file.file.uri for file in result.files] == [str(tmp_path / "saved")]
 
 
 def test_saved_splits(tmp_path: Path, ingest: Callable[..., Any]) -> None:
     DatasetDict({"train": Dataset.from_list(ROWS[:3]), "test": Dataset.from_list(ROWS[3:])}).save_to_disk(tmp_path / "saved")
     result = ingest(tmp_path / "saved")
     assert result.snapshot.digest == ingest({"a.jsonl": LINES}).snapshot.digest
-    assert [(file.uri, file.rows) for file in result.files] == [(f"{tmp_path}/saved:test", 2), (f"{tmp_path}/saved:train", 3)]
+    assert [(file.file.uri, file.rows) for file in result.files] == [(f"{tmp_path}/saved:test", 2), (f"{tmp_path}/saved:train", 3)]
 
 
 def test_saved_dataset_with_selected_rows_and_messages(tmp_path: Path, ingest: Callable[..., Any]) -> None:
@@ -134,7 +134,7 @@ def test_streaming_reader_with_and_without_a_split(tmp_path: Path, ingest: Calla
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[3:]))
     whole = ingest(f"hf://{folder}")
     assert whole.snapshot.digest == ingest({"a.jsonl": LINES}).snapshot.digest
-    assert [(file.uri, file.rows) for file in whole.files] == [(f"hf://{folder}:test", 2), (f"hf://{folder}:train", 3)]
+    assert [(file.file.uri, file.rows) for file in whole.files] == [(f"hf://{folder}:test", 2), (f"hf://{folder}:train", 3)]
     assert ingest(f"hf://{folder}:train").read == 3
     with pytest.raises(DoNotRetry, match="cannot be read"):
         ingest(f"hf://{folder}:validation")

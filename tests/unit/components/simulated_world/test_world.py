@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components.ingest_rankings.formats import parse
+from components.ingest_rankings.formats import Parsed, parse
 from components.simulated_world.generate import simulate_rankings, write_rankings
 from components.simulated_world.grammar import parse_request
 from components.simulated_world.raters import RATERS, to_ranks
@@ -38,7 +38,8 @@ def test_thousands_of_distinct_prompts_and_four_distinct_replies_each(records: l
 
 def test_every_record_is_a_ranking(records: list[dict]) -> None:  # type: ignore[type-arg]
     for record in records[:300]:
-        parsed = parse(record, "auto", "unspecified", 0.1)
+        (parsed,) = parse(record, "auto", "unspecified", 0.1)
+        assert isinstance(parsed, Parsed)
         assert parsed.form == "rankloop"
         assert not parsed.ignored
         assert parsed.ranking.split == record["split"]

@@ -80,6 +80,7 @@ def test_line_05_a_prompt_in_two_splits_fails() -> None:
         ("enough prompts", [ranking(0), *(ranking(i, prompt=user("same")) for i in range(1, 6))], INGEST, 2),
         ("enough raters", [ranking(i, rater_id="unknown") for i in range(6)], INGEST, 1),
         ("few rows in quarantine", good(), {"read": 10, "quarantined": 3}, 0.3),
+        ("few rows in quarantine", good(), {"read": 14, "quarantined": 7, "declined": 4}, 0.3),
         ("few ties", [*good()[:2], *(ranking(i, ranks=[1, 1, 2]) for i in range(2, 6))], INGEST, 4 / 18),
     ],
 )
@@ -98,6 +99,10 @@ def test_rows_are_looked_at_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.observed, found.verdict) == (3, "fail")
     assert [example.split()[0] for example in found.examples] == ["r1", "r7", "r8"]
     assert [result.success for result in suite.results[:2]] == [False, False], "failed chunks are kept before good ones"
+
+
+def test_answers_that_raters_declined_are_not_held_against_the_data() -> None:
+    assert broken(good(), {"read": 20, "quarantined": 10, "declined": 10}) == {}
 
 
 def test_no_rankings_at_all_fail() -> None:

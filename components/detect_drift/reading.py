@@ -1,0 +1,101 @@
+"""Reads what a watch compares: the champion's snapshot, the rankings since, and the champion's models."""
+
+from __future__ import annotations
+
+import heapq
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from components.detect_drift.champion import Champion
+from components.detect_drift.channels import Eyes, Known
+from components.detect_drift.features import Judgement, TextFeatures, judge, text_features
+from components.detect_drift.units import Dated, digest_of, rater_day
+from components.detect_drift.watch import chance
+from components.rlhf.models import Precision, load_policy, load_scorer
+from components.rlhf.records import Ranking, iterate_snapshot, prompt_key
+from components.services.exits import DoNotRetry
+from components.services.launch import Context
+
+
+def read_reference(folder: Path, most: int) -> tuple[Known, list[Dated]]:
+    """Keys of all that is in the champion's snapshot, and the rankings of the units that may be chosen as reference.
+
+    Two passes, so that memory holds the keys and a few thousand rankings, whatever the size of the snapshot. A unit is chosen by
+    the hash of its key, and with it come all of its rankings: which of them is the first is seen only then.
+    """
+    known = Known(set(), set(), set())
+    counts: Counter[str] = Counter()
+    held_out: set[str] = set()
+    for ranking in iterate_snapshot(folder):
+        key = prompt_key(ranking.prompt)
+        digest = digest_of(ranking)
+        known.rankings.add(digest)
+        known.rater_days.add(rater_day(ranking, digest))
+        counts[key] += 1
+        if ranking.split == "test":
+            held_out.add(key)
+    known.prompts.update(counts)
+
+    def chosen(keys: Iterable[str]) -> set[str]:
+        return set(heapq.nsmallest(most, keys, key=lambda key: chance("sample", key)))
+
+    prompts = chosen(known.prompts) | chosen(held_out) | chosen(key for key, count in counts.items() if count > 1)
+    days = chosen(known.rater_days)
+    kept: dict[str, Dated] = {}
+    for ranking in iterate_snapshot(folder):
+        digest = digest_of(ranking)
+        if prompt_key(ranking.prompt) in prompts or rater_day(ranking, digest) in days:
+            kept[digest] = Dated(digest, ranking)
+    return known, list(kept.values())
+
+
+def read_since(folder: Path, known: Known) -> list[Dated]:
+    """The rankings that are not in the champion's snapshot, each once."""
+    found: dict[str, Dated] = {}
+    for ranking in iterate_snapshot(folder):
+        digest = digest_of(ranking)
+        if digest not in known.rankings:
+            found[digest] = Dated(digest, ranking)
+    return list(found.values())
+
+
+class Models:
+    """The champion's models, each loaded when it is needed, and one at a time in memory."""
+
+    def __init__(self, context: Context, champion: Champion, precision: Precision, batch_tokens: int) -> None:
+        self._context, self._champion = context, champion
+        self._precision, self._batch_tokens = precision, batch_tokens
+        self._role = ""
+        self._loaded: Any = None
+
+    @property
+    def eyes(self) -> Eyes:
+        return Eyes(self._read, self._judge)
+
+    def _read(self, rankings: Sequence[Ranking]) -> TextFeatures:
+        model, tokenizer = self._load(self._champion.policy_uri, "policy")
+        return text_features(self._context, model, tokenizer, rankings, self._batch_tokens)
+
+    def _judge(self, rankings: Sequence[Ranking]) -> list[Judgement]:
+        model, tokenizer = self._load(self._champion.reward_model_uri, "reward_model")
+        return judge(model, tokenizer, rankings, self._batch_tokens)
+
+    def _load(self, uri: str, role: str) -> Any:
+        if self._role == role:
+            return self._loaded
+        self._loaded = None
+        folder = self._context.scratch / "models" / role
+        if not folder.exists():
+            marker = self._context.storage.fetch_folder(uri, folder)
+            if marker.get("role") != role:
+                shutil.rmtree(folder)
+                raise DoNotRetry(f"{uri} is a {marker.get('role')!r}, not a {role!r}", "correct the tags of the champion's version")
+        try:
+            self._loaded = (load_policy if role == "policy" else load_scorer)(folder, self._precision)
+        except (ValueError, OSError) as error:
+            raise DoNotRetry(f"{uri} cannot be loaded: {error}", "promote a champion whose artifacts are whole") from error
+        self._role = role
+        return self._loaded
