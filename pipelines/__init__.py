@@ -6,6 +6,7 @@ STAGES = (
     "validate_data",
     "train_sft",
     "train_reward_model",
+    "rater_study",
     "ppo_finetune",
     "dpo_finetune",
     "evaluate",
@@ -16,6 +17,11 @@ WATCH = "detect_drift"  # the stage that the graph `drift_watch` has before all 
 METHODS = {"ppo": ("ppo_finetune",), "dpo": ("dpo_finetune",), "both": ("ppo_finetune", "dpo_finetune")}
 
 
+# Stages that only a run which asks for them has: no other stage waits for one.
+STUDIES = ("rater_study",)
+
+
 def stages_of(method: str) -> tuple[str, ...]:
-    """The stages that a run with this method has, in the order of the graph."""
-    return tuple(stage for stage in STAGES if stage not in METHODS["both"] or stage in METHODS[method])
+    """The stages that every run with this method has, in the order of the graph."""
+    left_out = (*METHODS["both"], *STUDIES)
+    return tuple(stage for stage in STAGES if stage not in left_out or stage in METHODS[method])

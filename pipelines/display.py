@@ -23,6 +23,7 @@ SHOWN = {
     "validate_data": ("gate", "rankings", "raters", "prompts"),
     "train_sft": ("examples", "loss", "test_loss"),
     "train_reward_model": ("rankings", "reward_accuracy", "judge_accuracy"),
+    "rater_study": ("folds", "never_seen", "usual", "difference"),
     "ppo_finetune": ("updates", "reward_before", "reward", "judge_reward", "kl_reference"),
     "dpo_finetune": ("rankings", "loss", "accuracy", "margin", "first_log_ratio"),
     "evaluate": ("gate", "win_rate_over_sft", "true_win_rate_over_sft", "win_rate_over_champion"),

@@ -16,6 +16,7 @@ from pipelines.rlhf import rlhf
 def drift_watch(
     rankings: str,
     method: str = "ppo",
+    rater_study: str = "off",
     rankings_fingerprint: str = "",
     demonstrations: str = "",
     sft_fingerprint: str = "",
@@ -26,6 +27,7 @@ def drift_watch(
     validate_data_config: dict = {},  # noqa: B006
     train_sft_config: dict = {},  # noqa: B006
     train_reward_model_config: dict = {},  # noqa: B006
+    rater_study_config: dict = {},  # noqa: B006
     ppo_finetune_config: dict = {},  # noqa: B006
     dpo_finetune_config: dict = {},  # noqa: B006
     evaluate_config: dict = {},  # noqa: B006
@@ -51,6 +53,7 @@ def drift_watch(
                 rlhf(
                     rankings=rankings,
                     method=method,
+                    rater_study=rater_study,
                     rankings_fingerprint=rankings_fingerprint,
                     demonstrations=demonstrations,
                     sft_fingerprint=sft_fingerprint,
@@ -60,6 +63,7 @@ def drift_watch(
                     validate_data_config=validate_data_config,
                     train_sft_config=train_sft_config,
                     train_reward_model_config=train_reward_model_config,
+                    rater_study_config=rater_study_config,
                     ppo_finetune_config=ppo_finetune_config,
                     dpo_finetune_config=dpo_finetune_config,
                     evaluate_config=evaluate_config,

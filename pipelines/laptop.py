@@ -62,6 +62,7 @@ def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Co
         arguments: dict[str, Any] = {
             "rankings": rankings,
             "method": profile.method,
+            "rater_study": "on" if profile.stages["rater_study"]["folds"] else "off",
             "rankings_fingerprint": fingerprint,
             "demonstrations": sources.demonstrations,
             "sft_fingerprint": sft_fingerprint,

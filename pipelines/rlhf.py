@@ -13,6 +13,7 @@ from components.dpo_finetune.component import dpo_finetune
 from components.evaluate.component import evaluate
 from components.ingest_rankings.component import ingest_rankings
 from components.ppo_finetune.component import ppo_finetune
+from components.rater_study.component import rater_study as study_raters
 from components.register_model.component import register_model
 from components.stop_run.component import stop_run
 from components.train_reward_model.component import train_reward_model
@@ -24,6 +25,7 @@ from components.validate_data.component import validate_data
 def rlhf(
     rankings: str,
     method: str = "ppo",
+    rater_study: str = "off",
     rankings_fingerprint: str = "",
     demonstrations: str = "",
     sft_fingerprint: str = "",
@@ -33,6 +35,7 @@ def rlhf(
     validate_data_config: dict = {},  # noqa: B006
     train_sft_config: dict = {},  # noqa: B006
     train_reward_model_config: dict = {},  # noqa: B006
+    rater_study_config: dict = {},  # noqa: B006
     ppo_finetune_config: dict = {},  # noqa: B006
     dpo_finetune_config: dict = {},  # noqa: B006
     evaluate_config: dict = {},  # noqa: B006
@@ -43,6 +46,7 @@ def rlhf(
     Args:
         rankings: file, folder, s3:// prefix or hf:// name of the rankings.
         method: what fine-tunes the policy: "ppo", "dpo", or "both", of which the evaluation then chooses one.
+        rater_study: "on" for the study of raters never seen, which needs rater_study's folds; anything else leaves it out.
         rankings_fingerprint: changes whenever their content does; KFP's cache key knows parameters, not contents.
         demonstrations: JSONL for SFT; empty: SFT learns from the rankings' completions.
         sft_fingerprint: changes whenever the content of the demonstrations or of a local base model does.
@@ -71,6 +75,8 @@ def rlhf(
             reward = train_reward_model(
                 config=train_reward_model_config, snapshot_uri=snapshot_uri, policy_uri=sft.outputs["policy_uri"]
             )
+            with dsl.If(rater_study == "on", name="study-raters"):
+                study_raters(config=rater_study_config, reward_model_uri=reward.outputs["reward_model_uri"])
             sft_uri, judge_model_uri = sft.outputs["policy_uri"], reward.outputs["judge_model_uri"]
             reward_model_uri = reward.outputs["reward_model_uri"]
 

@@ -46,7 +46,6 @@ def reward_model_page(
             _summary(report, judge_report),
             *([_ensemble(report["ensemble"])] if "ensemble" in report else []),
             *([_curve(report["curve"])] if "curve" in report else []),
-            *([_rater_folds(report["rater_folds"])] if "rater_folds" in report else []),
             _calibration(report, judge_report),
             Section(
                 "Accuracy by group",
@@ -108,22 +107,6 @@ def _curve(report: Mapping[str, Any]) -> Section:
         ],
         [Table("", ["rankings", "pair accuracy", "pairs"], rows)],
         [scaling_curve("Accuracy against rankings", "rankings learned from", "pair accuracy", drawn)],
-    )
-
-
-def _rater_folds(report: Mapping[str, Any]) -> Section:
-    rows: list[list[Cell]] = [
-        [
-            ", ".join(each["raters"]),
-            each["rankings"],
-            *(each[side][key] for side in ("held_out", "own") for key in ("value", "pairs")),
-        ]
-        for each in report["folds"]
-    ]
-    return Section(
-        "Raters never seen",
-        [report["sentence"], "For each fold a model of its own learned from the rankings of all other raters."],
-        [Table("", ["raters left out", "rankings learned", "on them", "pairs", "on its own raters", "pairs"], rows)],
     )
 
 

@@ -18,19 +18,20 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from components.rlhf.accuracy_report import ScoredRanking
 from components.rlhf.models import context_tokens, load_policy
-from components.rlhf.rankings import EncodedRanking, encode_rankings, split_for_judge
+from components.rlhf.rankings import encode_rankings, split_for_judge
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.reward import Ties
+from components.rlhf.reward_training import recipe_of, train_and_score
 from components.rlhf.tokens import Encoded, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
-from components.train_reward_model.studies import Plan, plan_folds, plan_subsets, study
-from components.train_reward_model.training import ensemble, train_and_score, train_one
+from components.train_reward_model.studies import learning_curve, plan_subsets
+from components.train_reward_model.training import ensemble, train_one
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +71,6 @@ class Config(Settings):
     """Weight of the squared raw scores in the loss."""
     curve_points: int = Field(0, ge=0)
     """Does more data help? Trains also on 1/2, 1/4, 1/8 ... of the reward model's rankings, so many times; 0: no."""
-    rater_folds: int = Field(0, ge=0)
-    """Does it hold for raters never seen? Folds of raters that a model of the others' rankings is measured on; 0: no."""
     lora_rank: int = Field(0, ge=0)
     """Rank of the LoRA adapter; 0 trains all weights."""
     lora_alpha: int = Field(32, ge=1)
@@ -87,12 +86,6 @@ class Config(Settings):
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Time between checkpoints, in seconds; 0 saves one after every step."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Config:
-        if self.rater_folds == 1:
-            raise ValueError("one fold leaves nobody to learn from: set rater_folds to 2 or more, or to 0")
-        return self
-
 
 class Inputs(Settings):
     snapshot_uri: str
@@ -107,7 +100,7 @@ class Outputs(NamedTuple):
 
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
-    """1. read and divide the rankings; 2. train the models and measure them on held-out rankings; 3. studies; 4. publish."""
+    """1. read and divide the rankings; 2. train the models and measure them on held-out rankings; 3. a study; 4. publish."""
     if config.threads:
         torch.set_num_threads(config.threads)
     outputs = Outputs(context.uri("reward_models") + "/reward", context.uri("reward_models") + "/judge")
@@ -127,10 +120,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         raise DoNotRetry("no held-out ranking to measure a reward model on", "raise ingest_rankings.test_fraction or max_tokens")
     chosen = train.rankings[: config.max_rankings or None]  # a snapshot's order is that of digests: as good as random
     sides = split_for_judge(chosen, config.judge_fraction)
-    plan = Plan(
-        plan_subsets(sides[0], config.curve_points, config.batch_rankings),
-        plan_folds(sides[0], test.rankings, config.rater_folds, config.seed),
-    )
+    subsets = plan_subsets(sides[0], config.curve_points, config.batch_rankings)
     first = sides[0][0]
     _log.info("one ranking's best: %s", show(tokenizer, Encoded(first.prompts[0], first.completions[first.ranking.ranks.index(1)])))
     del model
@@ -146,11 +136,16 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     if members:
         trained["reward"] = ensemble(trained["reward"], [trained.pop(name) for name in members], config.seed)
 
-    # 3. Studies, where they are asked for.
-    def learn(name: str, rankings: Sequence[EncodedRanking]) -> list[ScoredRanking]:
-        return train_and_score(config, name, policy, tokenizer, rankings, test.rankings, context)
+    # 3. Does more data help, where that is asked for.
+    def keep(name: str) -> Checkpoints:
+        return Checkpoints(context, name, config.checkpoint_seconds)
 
-    trained["reward"].report.update(study(plan, learn, whole, len(sides[0]), config.seed))
+    scored: dict[int, Sequence[ScoredRanking]] = {len(sides[0]): whole}
+    for name, subset in subsets.items():
+        recipe = recipe_of(config.model_dump())
+        scored[len(subset)] = train_and_score(recipe, config.seed, name, policy, tokenizer, subset, test.rankings, context, keep)
+    if subsets:
+        trained["reward"].report["curve"] = learning_curve(scored, config.seed)
 
     # 4. Publish.
     from components.train_reward_model.page import reward_model_page
@@ -172,6 +167,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         role = "reward_model" if name == "reward" else "judge_model"
         parents = {"snapshot": inputs.snapshot_uri, "policy": inputs.policy_uri}
         context.storage.publish_folder(each.folder, uri, context.marker(role, **each.facts, **counts, parents=parents))
-    for name in ("reward", "judge", *members, *plan.names(), *(f"{each}-scores" for each in plan.names())):
+    for name in ("reward", "judge", *members, *subsets, *(f"{each}-scores" for each in subsets)):
         Checkpoints(context, name, 0).clear()
     return outputs

@@ -14,8 +14,8 @@ from components.rlhf.models import load_policy
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.rankings import encode_rankings, join_where_it_pays
 from components.rlhf.records import Message, Ranking
+from components.rlhf.reward_training import accumulate, new_role
 from components.train_reward_model.stage import Config
-from components.train_reward_model.training import accumulate, new_role
 from tests.benchmarks.work import rankings_of, reward_arguments
 
 

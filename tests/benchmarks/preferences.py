@@ -28,10 +28,10 @@ from transformers import PreTrainedTokenizerBase
 from components.rlhf.models import Role, load_policy, load_scorer, scorer_role
 from components.rlhf.optimisation import Optimiser, data_order
 from components.rlhf.rankings import EncodedRanking, encode_rankings
+from components.rlhf.reward_training import accumulate, new_role, scores_of
 from components.rlhf.statistics import wilson_interval
 from components.rlhf.tokens import length_batches, right_pad
 from components.train_reward_model.stage import Config
-from components.train_reward_model.training import accumulate, new_role, scores_of
 from tests.benchmarks.ours_reward import as_rankings
 from tests.benchmarks.work import divided_pairs
 

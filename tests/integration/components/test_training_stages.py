@@ -15,9 +15,9 @@ from components.rlhf.models import load_policy
 from components.rlhf.rankings import EncodedRanking, encode_rankings, split_for_judge
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.reward import score
+from components.rlhf.reward_training import scores_of
 from components.services.storage import Storage
 from components.services.tracking import client
-from components.train_reward_model.training import scores_of
 from pipelines.local_services import LocalServices
 from tests.stage_processes import OPTIONS, StageProcess, Undisturbed, contents, fetched, run, train_undisturbed
 

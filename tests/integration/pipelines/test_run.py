@@ -84,10 +84,17 @@ def test_a_changed_setting_repeats_its_stage_and_those_after_it(home: Path, rank
 
 @pytest.mark.usefixtures("kept_up")
 def test_both_methods_are_trained_and_the_evaluation_chooses_one(home: Path, rankings: Path) -> None:
-    done = run(home, "--rankings", str(rankings), "--method", "both")
+    study = ("--set", "rater_study.folds=2", "--set", "rater_study.threads=1")
+    done = run(home, "--rankings", str(rankings), "--method", "both", *study)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"^= (\w+) +reused", done.stdout, re.M) == list(STAGES[:4])
-    assert sorted(re.findall(r"^✓ (\w+)", done.stdout, re.M)) == ["dpo_finetune", "evaluate", "ppo_finetune", "register_model"]
+    assert sorted(re.findall(r"^✓ (\w+)", done.stdout, re.M)) == [
+        "dpo_finetune",
+        "evaluate",
+        "ppo_finetune",
+        "rater_study",
+        "register_model",
+    ]
     chosen, other = re.findall(r"method +│ (ppo|dpo): judge score .* of (ppo|dpo), on \d+ other prompts", done.stdout)[0]
     assert {chosen, other} == {"ppo", "dpo"}
     assert made_by(home, done.stdout) == f"{chosen}_finetune"

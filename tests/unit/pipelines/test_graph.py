@@ -47,19 +47,21 @@ def test_a_value_that_decides_a_branch_is_one_word(document: dict[str, Any]) -> 
 
     lines = yaml.safe_dump(document, width=10_000).replace("''", "'").splitlines()
     compared = re.findall(r"[!=]= '(.*?)'", "\n".join(line for line in lines if "condition:" in line))
-    assert Counter(compared) == {"pass": 4, "ppo": 4, "dpo": 3, "both": 1}
+    assert Counter(compared) == {"pass": 4, "ppo": 4, "dpo": 3, "both": 1, "on": 1}
 
 
-def tasks_that_run(tasks: dict[str, Any], method: str, gate: str) -> set[str]:
+def tasks_that_run(tasks: dict[str, Any], method: str, gate: str, study: str = "off") -> set[str]:
     """Names of the tasks whose conditions all hold."""
-    found = set()
+    values, found = {"method": method, "rater_study": study}, set()
     for name, task in tasks.items():
         when = task["when"] if "parameter_values" in task["when"] else "True"
         when = re.sub(
-            r"inputs\.parameter_values\['pipelinechannel--(method)?.*?'\]", lambda m: repr(method if m[1] else gate), when
+            r"inputs\.parameter_values\['pipelinechannel--(method|rater_study)?.*?'\]",
+            lambda m: repr(values[m[1]] if m[1] else gate),
+            when,
         )
         if eval(when.replace("!(", "not (").replace("&&", "and")):
-            found |= tasks_that_run(task["tasks"], method, gate) if "tasks" in task else {name}
+            found |= tasks_that_run(task["tasks"], method, gate, study) if "tasks" in task else {name}
     return found
 
 
@@ -74,6 +76,21 @@ def tasks_that_run(tasks: dict[str, Any], method: str, gate: str) -> set[str]:
 def test_each_method_runs_its_own_stages_once(document: dict[str, Any], method: str, expected: set[str]) -> None:
     around = {"ingest-rankings", "validate-data", "train-sft", "train-reward-model", "register-model", "close-run"}
     assert tasks_that_run(shape(document)["tasks"], method, "pass") == around | expected
+
+
+@pytest.mark.parametrize("method", ["ppo", "dpo", "both"])
+def test_the_study_of_raters_is_one_more_stage_where_it_is_asked_for(document: dict[str, Any], method: str) -> None:
+    tasks = shape(document)["tasks"]
+    without = tasks_that_run(tasks, method, "pass", "off")
+    assert tasks_that_run(tasks, method, "pass", "on") == without | {"rater-study"}
+    for other in ("", "yes", "1"):
+        assert tasks_that_run(tasks, method, "pass", other) == without
+    assert "rater-study" not in tasks_that_run(tasks, method, "fail", "on"), "not on data that failed the gate"
+
+
+def test_data_that_fail_the_gate_end_the_run(document: dict[str, Any]) -> None:
+    expected = {"ingest-rankings", "validate-data", "stop-run-2", "close-run"}
+    assert tasks_that_run(shape(document)["tasks"], "ppo", "fail", "off") == expected
 
 
 @pytest.mark.parametrize("method", ["grpo", "", "PPO"])
@@ -93,6 +110,7 @@ def test_what_depends_on_the_registry_is_never_cached(document: dict[str, Any]) 
         "validate-data",
         "train-sft",
         "train-reward-model",
+        "rater-study",
         "ppo-finetune",
         "ppo-finetune-2",
         "dpo-finetune",

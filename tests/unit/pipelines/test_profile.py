@@ -33,6 +33,7 @@ def test_the_seed_reaches_every_stage_that_has_one_and_the_simulation() -> None:
     assert [s for s in STAGES if profile.stages[s].get("seed") == 5] == [
         "train_sft",
         "train_reward_model",
+        "rater_study",
         "ppo_finetune",
         "dpo_finetune",
         "evaluate",
@@ -56,9 +57,9 @@ def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_has_the_stages_of_its_method_only() -> None:
-    assert stages_of("both") == STAGES
-    assert set(STAGES) - set(stages_of("ppo")) == {"dpo_finetune"}
-    assert set(STAGES) - set(stages_of("dpo")) == {"ppo_finetune"}
+    assert set(STAGES) - set(stages_of("both")) == {"rater_study"}
+    assert set(STAGES) - set(stages_of("ppo")) == {"rater_study", "dpo_finetune"}
+    assert set(STAGES) - set(stages_of("dpo")) == {"rater_study", "ppo_finetune"}
 
 
 def test_the_simulation_can_be_set() -> None:

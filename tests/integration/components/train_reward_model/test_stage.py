@@ -17,16 +17,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from components.ppo_finetune import stage as ppo
+from components.rlhf import reward_training
 from components.rlhf.activations import checkpoint_activations
 from components.rlhf.models import load_policy, member_folders, save_model
 from components.rlhf.records import SCHEMA
+from components.rlhf.reward_training import accumulate
 from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.services.exits import DoNotRetry, Retry
-from components.services.launch import Context, Settings, parse_settings
+from components.services.launch import Context, Settings
 from components.services.storage import Storage
 from components.simulated_world.generate import simulate_rankings
-from components.train_reward_model import stage, training
-from components.train_reward_model.training import accumulate
+from components.train_reward_model import stage
 
 PPO = {"updates": 1, "batch_prompts": 4, "max_new_tokens": 4, "epochs": 1, "max_kl_reference": 1e3, "max_same_answer_fraction": 1.0}
 
@@ -126,7 +127,7 @@ def test_activations_computed_again_give_the_same_models(world: World, tmp_path:
         done.append(backbone)
         checkpoint_activations(backbone)
 
-    for module in (training, ppo):
+    for module in (reward_training, ppo):
         monkeypatch.setattr(module, "checkpoint_activations", spied)
     models, policies = [], []
     for number, again in enumerate((False, True)):
@@ -142,10 +143,10 @@ def test_activations_computed_again_give_the_same_models(world: World, tmp_path:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_line_14_studies_change_no_model_and_a_stopped_one_goes_on_where_it_was(
+def test_a_study_changes_no_model_and_a_stopped_one_goes_on_where_it_was(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {"curve_points": 1, "rater_folds": 2, "checkpoint_seconds": 3600, "batch_rankings": 4}
+    config = {"curve_points": 2, "checkpoint_seconds": 3600, "batch_rankings": 4}
     root = f"s3://rankloop/rm/{uuid.uuid4().hex}"
     contexts: list[Context] = []
     steps: list[int] = []
@@ -157,12 +158,12 @@ def test_line_14_studies_change_no_model_and_a_stopped_one_goes_on_where_it_was(
             contexts[-1].on_signal(signal.SIGTERM, None)
         return accumulate(*arguments)
 
-    monkeypatch.setattr(training, "accumulate", counted)
+    monkeypatch.setattr(reward_training, "accumulate", counted)
     plain = trained(world, tmp_path / "plain", batch_rankings=4)
     mains, steps = len(steps), []
     whole = trained(world, tmp_path / "whole", **config)
     uninterrupted, steps = len(steps), []
-    for place in (mains + 2, mains + uninterrupted - 1):  # in the subset of the curve, and in the last fold
+    for place in (mains + 2, mains + uninterrupted - 1):  # in the first subset of the curve, and in the last
         stop_at = place
         with pytest.raises(Retry, match="its checkpoint is saved"):
             trained(world, tmp_path / "stopped", root, contexts, **config)
@@ -172,23 +173,17 @@ def test_line_14_studies_change_no_model_and_a_stopped_one_goes_on_where_it_was(
     assert again.report == whole.report
     for name, weights in load_file(plain.folder / "model.safetensors").items():
         assert torch.equal(weights, load_file(again.folder / "model.safetensors")[name])
-    assert {key: value for key, value in whole.report.items() if key not in ("curve", "rater_folds")} == plain.report
+    assert {key: value for key, value in whole.report.items() if key != "curve"} == plain.report
     assert not list(Storage().list(root + "/checkpoints/"))
 
-    curve, folds = whole.report["curve"], whole.report["rater_folds"]["folds"]
-    assert curve["points"][1]["value"] == plain.report["overall"]["value"]
-    assert [each["rankings"] for each in curve["points"]] == [plain.marker["rankings"] // 2, plain.marker["rankings"]]
-    assert sum(each["rankings"] for each in folds) == plain.marker["rankings"], "of two folds each ranking is learned in one"
-    assert sum(each["held_out"]["pairs"] for each in folds) == plain.report["overall"]["pairs"]
+    curve = whole.report["curve"]
+    assert curve["points"][2]["value"] == plain.report["overall"]["value"]
+    assert [each["rankings"] for each in curve["points"]] == [plain.marker["rankings"] // part for part in (4, 2, 1)]
 
 
-def test_line_14_a_study_that_cannot_work_is_refused_before_anything_is_trained(
+def test_a_study_that_cannot_work_is_refused_before_anything_is_trained(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "accumulate", None)
-    with pytest.raises(DoNotRetry, match="rater_folds = 13, but the rankings are by 12 rater"):
-        trained(world, tmp_path, rater_folds=13)
+    monkeypatch.setattr(reward_training, "accumulate", None)
     with pytest.raises(DoNotRetry, match="fewer than one batch of 8"):
         trained(world, tmp_path, curve_points=4)
-    with pytest.raises(DoNotRetry, match="one fold leaves nobody to learn from"):
-        parse_settings(stage.Config, {"rater_folds": 1}, "train_reward_model")

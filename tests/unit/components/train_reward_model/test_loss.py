@@ -14,10 +14,10 @@ from torch.nn.functional import logsigmoid
 from components.rlhf.models import new_scorer, save_model, scorer_role
 from components.rlhf.rankings import EncodedRanking, encode_rankings
 from components.rlhf.records import Ranking
+from components.rlhf.reward_training import accumulate
 from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.simulated_world.generate import simulate_rankings
 from components.train_reward_model.stage import Config
-from components.train_reward_model.training import accumulate
 
 
 def rankings(count: int) -> list[Ranking]:

@@ -1,0 +1,1 @@
+"""Stage: does the reward model hold for raters whom it never saw?"""
