@@ -156,8 +156,8 @@ def krippendorff_alpha(coincidences: Floats) -> Floats:
     """Krippendorff's alpha [...] of coincidences [..., V, V], ordinal: a tie lies between the two preferences. NaN: nothing varies.
 
     Krippendorff 2011 (Computing Krippendorff's Alpha-Reliability): 1 - (n - 1) sum(o d) / sum(n_c n_k d). 1 is agreement, 0 what
-    chance gives. The formula is ours because it is needed for thousands of resamples of sums, which no library takes, and because
-    the library that everybody uses is under the GPL; with two levels, or for V of them, it gives that library's numbers.
+    chance gives. The formula is ours because it is needed for thousands of resamples of sums, which no library takes: NLTK's, by
+    which the tests check it, walks through single judgements, and the one that everybody uses is under the GPL.
     """
     margin = coincidences.sum(axis=-1)
     middle = np.cumsum(margin, axis=-1) - margin / 2

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nltk.metrics.agreement import AnnotationTask
 
 from components.rlhf import agreement
 from components.rlhf.agreement import (
@@ -113,6 +114,28 @@ def test_a_rater_counts_once_on_an_item_for_alpha_and_a_tie_lies_between() -> No
     half = np.array([[4.0, 1, 0], [1, 4, 1], [0, 1, 4]])
     whole = np.array([[4.0, 0, 1], [0, 6, 0], [1, 0, 4]])
     assert krippendorff_alpha(half) > krippendorff_alpha(whole), "a tie against a preference is half a disagreement"
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 3), st.sampled_from([-1, 0, 1])),
+        min_size=2,
+        max_size=30,
+        unique_by=lambda v: v[:2],
+    )
+)
+def test_alpha_is_nltk_s_with_the_ordinal_distance(rows: list[tuple[int, int, int]]) -> None:
+    item, rater, verdict = np.array(rows).T
+    table = agreement_by_prompt(Votes(item, item, rater, verdict)).coincidences_PVV.sum(axis=0)
+    ours = float(krippendorff_alpha(table))
+    margin = table.sum(axis=1)
+    middle = np.cumsum(margin) - margin / 2  # the distance of NLTK's caller: it has the nominal one, and interval's of numbers
+    if math.isnan(ours):
+        return  # nothing varies, or nobody shares an item
+    task = AnnotationTask(
+        [(str(r), str(i), v) for i, r, v in rows], distance=lambda a, b: float(middle[a + 1] - middle[b + 1]) ** 2
+    )
+    assert ours == pytest.approx(task.alpha(), abs=1e-9)
 
 
 def test_raters_who_toss_coins_have_no_alpha_and_agree_half_of_the_time() -> None:
