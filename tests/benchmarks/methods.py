@@ -42,11 +42,11 @@ from pipelines.local_services import LocalServices, environment_of
 from pipelines.profile import Profile, load
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "ppo": [{"kl_target": target} for target in (0.5, 1.0, 2.0, 4.0, 8.0)],
-    "dpo": [{"beta": beta} for beta in (1.0, 0.5, 0.2, 0.1, 0.05)],
+    "ppo": [{"kl_target": target} for target in (1.0, 4.0, 8.0)],
+    "dpo": [{"beta": beta} for beta in (1.0, 0.5, 0.2, 0.1)],
     "best-of-n": [{"n": n} for n in (1, 2, 4, 8, 16, 32)],
 }
-GRID = (0.25, 0.5, 1.0, 1.5, 2.0, 2.4, 4.0, 8.0)  # nats; the best of 32 is at 2.497
+GRID = (0.25, 0.5, 1.0, 1.5, 2.0, 2.4, 4.0)  # nats; the best of 32 is at 2.497
 MOST = 32
 BATCH = 128
 
