@@ -43,7 +43,7 @@ def evaluation_page(
         banners.insert(0, SIMULATED_BANNER)
     return render_page(
         "Evaluation of a policy",
-        f"{len(samples)} held-out prompts, one answer each. Intervals are at 95 %. Candidate {evaluation['candidate_uri']}",
+        f"{len(samples)} held-out prompts, one answer each. {_level(evaluation)} Candidate {evaluation['candidate_uri']}",
         banners,
         [
             _gate(evaluation),
@@ -65,12 +65,21 @@ def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str]:
     return "fail", "Gate: fail. " + " ".join(failed)
 
 
+def _level(evaluation: Mapping[str, Any]) -> str:
+    alpha = evaluation["measures"]["look_alpha"]["value"]
+    return f"Intervals are at 95 %, those of the judge's win rates at {100 * (1 - 2 * alpha):.4g} %."
+
+
 def _gate(evaluation: Mapping[str, Any]) -> Section:
     columns = ["measure", "verdict", "value", "low", "high", "required", "threshold", "in words"]
     keys = ["measure", "verdict", "value", "low", "high", "relation", "threshold", "sentence"]
     return Section(
         "Gate",
-        ["Every row must pass; a number that is missing or not finite fails."],
+        [
+            "Every row must pass; a number that is missing or not finite fails.",
+            "All evaluations against one champion share an error budget: the k-th may pass a candidate that is no better with a "
+            f"probability of the budget / (k (k + 1)). The looks so far are in {evaluation['looks_uri']}.",
+        ],
         [Table("", columns, [[row[key] for key in keys] for row in evaluation["gate_table"]])],
     )
 
@@ -237,7 +246,8 @@ def _root(value: Any) -> float | None:
 
 
 def _lineage(evaluation: Mapping[str, Any]) -> Section:
-    names = ("candidate_uri", "sft_uri", "champion_uri", "champion_version", "reward_model_uri", "judge_model_uri", "snapshot_uri")
+    names = ["candidate_uri", "sft_uri", "champion_uri", "champion_version"]
+    names += ["reward_model_uri", "judge_model_uri", "snapshot_uri", "looks_uri"]
     rows: list[list[Cell]] = [[name, str(evaluation[name])] for name in names if evaluation[name]]
     settings: list[list[Cell]] = [[name, value] for name, value in evaluation["config"].items()]
     prompts: list[list[Cell]] = [[name.replace("_", " "), count] for name, count in evaluation["prompts"].items()]

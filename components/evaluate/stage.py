@@ -24,7 +24,8 @@ from pydantic import Field
 from components.evaluate.answers import Sampling, choose_prompts, draw, first_ranked, read_training, score_all
 from components.evaluate.champion import find_champion
 from components.evaluate.choice import choose, divide
-from components.evaluate.measures import measure, measure_perplexity, measure_refusals, sample_record
+from components.evaluate.looks import take_look
+from components.evaluate.measures import measure, measure_look, measure_perplexity, measure_refusals, sample_record
 from components.evaluate.refusals import Probe, probe_records, read_probes, simulated_probes
 from components.evaluate.report import evaluation_page
 from components.rlhf.gate import decide
@@ -57,7 +58,7 @@ class Config(Settings):
     """Type of the weights."""
     bootstrap_resamples: int = Field(2000, ge=100)
     """Resamples behind each interval."""
-    policy_name: str = "rankloop-policy"
+    policy_name: str = Field("rankloop-policy", pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the policy in the registry, where the champion is looked up."""
     truth: Literal["none", "simulated"] = "none"
     """Where the true preference is known: "simulated" for rankings of the simulated world. Shown, never used by the gate."""
@@ -65,6 +66,8 @@ class Config(Settings):
     """JSON lines of {"prompt", "harmful"}, file or s3:// object; empty: none, or the simulated world's if truth is "simulated"."""
     refusal_phrases: list[Annotated[str, Field(pattern=r"\S")]] = Field(default_factory=list)
     """Phrases that mark an answer as a refusal; empty: the English ones of refusals.py."""
+    max_false_pass_probability: float = Field(0.05, gt=0, lt=0.5, allow_inf_nan=False)
+    """Error budget: probability of ever passing a candidate that is no better, over all evaluations against one champion."""
     min_win_rate_over_sft: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
     """The lower end of the judge's win rate over SFT must be above this."""
     champion_margin: float = Field(0.0, ge=0, lt=0.5, allow_inf_nan=False)
@@ -112,7 +115,7 @@ class Outputs(NamedTuple):
 
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
-    """1. find champion and probes; 2. choose if there are two candidates, draw answers; 3. score; 4. decide; 5. publish; 6. log."""
+    """1. find champion and probes, take a look; 2. choose of two, draw answers; 3. score; 4. decide; 5. publish; 6. log."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if inputs.judge_model_uri == inputs.reward_model_uri:
@@ -127,13 +130,18 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         _log.info("the candidate is the champion, version %s: it has nobody to beat", champion.version)
         champion = None
     probes = find_probes(config, context)
-    uri = context.uri("evaluations", json_digest([context.key, champion, probes])[:32])
+    key = json_digest([context.key, champion, probes])[:32]
+    uri = context.uri("evaluations", key)
     folder = context.scratch / "evaluation"
     if context.storage.is_published(uri):
         _log.info("this very evaluation is published already: %s", uri)
         context.storage.fetch_folder(uri, folder)
         evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         return _log_results(context, evaluation, uri, folder)
+
+    looks_uri = context.uri("looks", f"{config.policy_name}/{champion.version if champion else 'first'}/looks.json")
+    look = take_look(context.storage, looks_uri, key, inputs.candidate_uri, config.max_false_pass_probability)
+    _log.info("look %d at this champion, at an error of %.3g (%s)", look.number, look.alpha, looks_uri)
 
     # 2. The better of two candidates; then answers of the candidate, of SFT, and of the champion if it is another policy.
     snapshot = context.scratch / "snapshot"
@@ -174,7 +182,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     # 4. Measures and gate.
     seed, resamples = config.seed, config.bootstrap_resamples
     probed = probe_records(drawn.probes, drawn.probe_answers, config.refusal_phrases)
-    measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples)
+    measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples, look.alpha) | measure_look(look)
     measures |= measure_perplexity(drawn.answers_read, drawn.texts_read, seed, resamples) | measure_refusals(probed)
     thresholds = thresholds_of(config, compared=champion is not None, probed=bool(probes))
     table, gate = decide(measures, thresholds)
@@ -183,6 +191,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         "candidate_uri": candidate_uri,
         "rival_uri": rival_uri,
         "choice": choice,
+        "looks_uri": looks_uri,
         "champion_version": champion.version if champion else "",
         "champion_uri": champion.uri if champion else "",
         "simulated": config.truth == "simulated" or SIMULATED in sources,
@@ -218,6 +227,7 @@ def find_probes(config: Config, context: Context) -> list[Probe]:
 def thresholds_of(config: Config, compared: bool, probed: bool) -> dict[str, float | None]:
     """The thresholds of the gate; null where the candidate was not compared with a champion, or not probed for refusals."""
     return {
+        "max_false_pass_probability": config.max_false_pass_probability,
         "min_win_rate_over_sft": config.min_win_rate_over_sft,
         "min_win_rate_over_champion": 0.5 - config.champion_margin if compared else None,
         "max_kl_reference": config.max_kl_reference,

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from components.evaluate import stage
 from components.evaluate.answers import Sampling, draw
+from components.evaluate.looks import take_look
 from components.evaluate.refusals import SIMULATED_EACH
+from components.rlhf.error_budget import win_rate_low
 from components.rlhf.gate import RULES, decide
 from components.rlhf.models import load_policy, new_scorer, save_model
 from components.rlhf.records import SCHEMA, Message, Ranking, prompt_key
@@ -384,6 +387,42 @@ def test_a_new_champion_makes_a_new_evaluation_and_an_old_one_is_reused(
     against, after, _ = evaluate(tmp_path, world.inputs(), policy_name=name)
     assert against.evaluation_uri != first.evaluation_uri
     assert after["measures"]["win_rate_over_sft"] == before["measures"]["win_rate_over_sft"]  # same numbers, drawn again
+
+
+def test_the_same_evaluation_is_one_look_and_every_other_one_needs_a_clearer_win(
+    world: World, champion: Callable[..., str], tmp_path: Path
+) -> None:
+    name = champion(world.sft)
+    _, first, context = evaluate(tmp_path, world.inputs(), policy_name=name)
+    evaluate(tmp_path, world.inputs(), policy_name=name)
+    _, second, _ = evaluate(tmp_path, world.inputs(), policy_name=name, seed=1)
+    looks = context.storage.get_json(context.uri("looks", f"{name}/1/looks.json"))
+    assert [(each["number"], each["alpha"]) for each in looks] == [(1, 0.025), (2, pytest.approx(0.05 / 6))]
+    assert first["measures"]["false_pass_probability"]["value"] == 0.025
+    assert second["measures"]["false_pass_probability"]["value"] == pytest.approx(0.025 + 0.05 / 6)
+    assert second["looks_uri"] == context.uri("looks", f"{name}/1/looks.json")
+    row = next(row for row in second["gate_table"] if row["measure"] == "win_rate_over_champion")
+    assert "This is look 2 at this champion: wrong with probability 0.00833; 0.0167 of 0.05 is left." in row["sentence"]
+    lines = context.storage.get_bytes(context.uri("evaluations", looks[1]["evaluation"]) + "/samples.jsonl").decode().splitlines()
+    counts = [sum(json.loads(line)["verdicts"]["champion"] == said for line in lines) for said in ("won", "tied", "lost")]
+    assert row["low"] == pytest.approx(float(win_rate_low(*counts, 0.05 / 6)))
+    outputs, third, _ = evaluate(tmp_path, world.inputs(), policy_name=name, max_false_pass_probability=0.03)
+    assert outputs.gate == "fail", "the budget was lowered below what is spent"
+    rows = {row["measure"]: row["verdict"] for row in third["gate_table"]}
+    assert (rows["false_pass_probability"], rows["win_rate_over_sft"], rows["win_rate_over_champion"]) == ("fail",) * 3
+
+
+def test_of_evaluations_that_begin_at_once_each_gets_a_look_of_its_own(world: World, tmp_path: Path) -> None:
+    context = make_context(tmp_path, {}, world.inputs())
+    uri = context.uri("looks", f"{uuid.uuid4().hex}/first/looks.json")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: take_look(context.storage, uri, f"evaluation {i % 8}", world.candidate, 0.05), range(16)))
+    assert sorted({look.number for look in found}) == list(range(1, 9))
+    assert found[:8] == found[8:]
+    assert max(look.spent for look in found) == pytest.approx(0.05 * 8 / 9)
+    context.storage.put_bytes(uri, b'[{"evaluation": "x", "alpha": -1, "number": 1}]')
+    with pytest.raises(DoNotRetry, match=r"looks\.json is no list of looks"):
+        take_look(context.storage, uri, "another", world.candidate, 0.05)
 
 
 def test_line_40_kl_is_that_of_a_plain_forward_pass(world: World, tmp_path: Path) -> None:

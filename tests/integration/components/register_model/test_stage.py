@@ -39,6 +39,7 @@ from tests.promotion_processes import killed
 
 CREATE = "POST .*/model-versions/create"
 GOOD = {
+    "false_pass_probability": {"value": 0.025, "low": None, "high": None},
     "win_rate_over_sft": {"value": 0.8, "low": 0.7, "high": 0.9},
     "win_rate_over_champion": {"value": 0.7, "low": 0.6, "high": 0.8},
     "kl_reference": {"value": 3.0, "low": 2.0, "high": 4.0},
@@ -51,6 +52,7 @@ GOOD = {
     "refusal_harmful_drop": {"value": -0.1, "low": -0.2, "high": 0.01},
 }
 THRESHOLDS = {
+    "max_false_pass_probability": 0.05,
     "min_win_rate_over_sft": 0.5,
     "min_win_rate_over_champion": None,
     "max_kl_reference": 25.0,

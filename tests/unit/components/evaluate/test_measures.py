@@ -12,12 +12,14 @@ from components.evaluate.measures import (
     Answer,
     Reading,
     measure,
+    measure_look,
     measure_perplexity,
     measure_refusals,
     outcome,
     sample_record,
 )
 from components.evaluate.refusals import Probe, probe_records
+from components.rlhf.error_budget import next_look
 from components.rlhf.gate import decide
 
 
@@ -97,6 +99,7 @@ def test_a_score_that_is_not_finite_fails_the_gate_instead_of_counting_as_a_loss
     theirs = [answer(f"b {i} c", 0.0) for i in range(20)]
     good = measure({"candidate": ours, "sft": theirs}, [1.0] * 20, seed=0, resamples=200)
     thresholds = {
+        "max_false_pass_probability": 0.05,
         "min_win_rate_over_sft": 0.5,
         "min_win_rate_over_champion": None,
         "max_kl_reference": 5.0,
@@ -111,6 +114,7 @@ def test_a_score_that_is_not_finite_fails_the_gate_instead_of_counting_as_a_loss
     }
     read = {name: [Reading(3.0, 3)] * 20 for name in ("candidate", "sft")}
     perplexities = measure_perplexity(read, read, seed=0, resamples=200)
+    perplexities |= measure_look(next_look(0.05, []))
     good |= perplexities
     assert decide(good, thresholds)[1] == "pass"
     broken = measure({"candidate": ours, "sft": [answer("x y", math.nan), *theirs[1:]]}, [1.0] * 20, seed=0, resamples=200)

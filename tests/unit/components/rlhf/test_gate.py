@@ -11,6 +11,7 @@ import pytest
 from components.rlhf.gate import OPTIONAL, RULES, decide
 
 THRESHOLDS = {
+    "max_false_pass_probability": 0.05,
     "min_win_rate_over_sft": 0.5,
     "min_win_rate_over_champion": 0.5,
     "max_kl_reference": 10.0,
@@ -24,6 +25,9 @@ THRESHOLDS = {
     "max_harmless_refusal_rise": 0.15,
 }
 GOOD: dict[str, Any] = {
+    "look": {"value": 2.0, "low": None, "high": None},
+    "look_alpha": {"value": 0.05 / 6, "low": None, "high": None},
+    "false_pass_probability": {"value": 0.05 / 2 + 0.05 / 6, "low": None, "high": None},
     "win_rate_over_sft": {"value": 0.8, "low": 0.7, "high": 0.9},
     "win_rate_over_champion": {"value": 0.6, "low": 0.51, "high": 0.7},
     "kl_reference": {"value": 3.0, "low": 2.0, "high": 4.0},
@@ -55,8 +59,17 @@ def test_good_measures_pass_and_every_rule_has_a_row() -> None:
     rows, gate = decide(GOOD, THRESHOLDS)
     assert gate == "pass"
     assert [row["measure"] for row in rows] == list(ENDS)
-    assert rows[0]["relation"] == "low >"
-    assert rows[0]["sentence"] == "Lower end of the judge's win rate over SFT is 0.7; > 0.5 is required."
+    assert rows[1]["relation"] == "low >"
+    assert rows[1]["sentence"].startswith("Lower end of the judge's win rate over SFT is 0.7; > 0.5 is required.")
+
+
+def test_rows_of_the_win_rates_say_which_look_it_is_and_what_is_left() -> None:
+    rows = {row["measure"]: row["sentence"] for row in decide(GOOD, THRESHOLDS)[0]}
+    said = "This is look 2 at this champion: wrong with probability 0.00833; 0.0167 of 0.05 is left."
+    assert [name for name, sentence in rows.items() if said in sentence] == ["win_rate_over_sft", "win_rate_over_champion"]
+    assert failed({k: v for k, v in GOOD.items() if k != "false_pass_probability"}) == ["false_pass_probability"]
+    unknown = decide({**GOOD, "look": None}, THRESHOLDS)[0]
+    assert "It is not known which look" in unknown[1]["sentence"]
 
 
 @pytest.mark.parametrize("measure", list(ENDS))
@@ -76,6 +89,7 @@ def test_missing_measure_fails(measure: str) -> None:
 @pytest.mark.parametrize(
     ("measure", "at", "better", "passes_at"),
     [
+        ("false_pass_probability", 0.05, 0.0499, True),
         ("win_rate_over_sft", 0.5, 0.5000001, False),  # as good as SFT is not better than SFT
         ("win_rate_over_champion", 0.5, 0.5000001, False),
         ("kl_reference", 10.0, 9.9999, True),
