@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from components.evaluate.overoptimisation import overoptimisation_section
 from components.rlhf.plots import histogram, intervals, lines
 from components.rlhf.report_page import (
     SIMULATED_BANNER,
@@ -49,6 +50,7 @@ def evaluation_page(
             _gate(evaluation),
             *_choice(evaluation),
             _win_rates(evaluation),
+            overoptimisation_section(evaluation, training),
             _policies(evaluation, samples),
             _probes(probes),
             _training(training),

@@ -26,11 +26,13 @@ from components.evaluate.champion import find_champion
 from components.evaluate.choice import choose, divide
 from components.evaluate.looks import take_look
 from components.evaluate.measures import measure, measure_look, measure_perplexity, measure_refusals, sample_record
+from components.evaluate.overoptimisation import deviations_of, fit_training, measure_gap
 from components.evaluate.refusals import Probe, probe_records, read_probes, simulated_probes
 from components.evaluate.report import evaluation_page
 from components.rlhf.gate import decide
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.report_page import SIMULATED
+from components.rlhf.statistics import finite
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
 
@@ -74,6 +76,8 @@ class Config(Settings):
     """The lower end of the judge's win rate over the champion must be above 0.5 minus this; 0: better for sure."""
     max_kl_reference: float = Field(25.0, ge=0, allow_inf_nan=False)
     """Largest KL to SFT, in nats per completion."""
+    max_overoptimisation_gap: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """How much more gain over SFT the reward model may claim than the judge, in deviations of SFT's scores, at the upper end."""
     min_distinct_2_ratio: float = Field(0.5, ge=0, allow_inf_nan=False)
     """Smallest share of distinct word pairs, relative to SFT's."""
     max_length_ratio: float = Field(2.0, gt=0, allow_inf_nan=False)
@@ -184,6 +188,9 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     probed = probe_records(drawn.probes, drawn.probe_answers, config.refusal_phrases)
     measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples, look.alpha) | measure_look(look)
     measures |= measure_perplexity(drawn.answers_read, drawn.texts_read, seed, resamples) | measure_refusals(probed)
+    measures |= measure_gap(answers["candidate"], answers["sft"], seed, resamples)
+    training = read_training(context.scratch / "models" / "candidate")
+    deviations = deviations_of(answers["sft"])
     thresholds = thresholds_of(config, compared=champion is not None, probed=bool(probes))
     table, gate = decide(measures, thresholds)
     evaluation = {
@@ -197,6 +204,10 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         "simulated": config.truth == "simulated" or SIMULATED in sources,
         "prompts": counts,
         "measures": measures,
+        "overoptimisation": {
+            "deviations": {name: finite(value) for name, value in deviations.items()},
+            "fits": fit_training(training, deviations),
+        },
         "thresholds": thresholds,
         "gate_table": table,
         "gate": gate,
@@ -205,7 +216,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
     # 5. Publish.
     records = [sample_record(prompts[i], {policy: given[row] for policy, given in answers.items()}) for row, i in enumerate(used)]
-    training = read_training(context.scratch / "models" / "candidate")
     write_folder(folder, evaluation, records, probed, training)
     facts = {"gate": gate, "champion": champion._asdict() if champion else None, "parents": inputs.model_dump(mode="json")}
     context.storage.publish_folder(folder, uri, context.marker("evaluation", **facts))
@@ -231,6 +241,7 @@ def thresholds_of(config: Config, compared: bool, probed: bool) -> dict[str, flo
         "min_win_rate_over_sft": config.min_win_rate_over_sft,
         "min_win_rate_over_champion": 0.5 - config.champion_margin if compared else None,
         "max_kl_reference": config.max_kl_reference,
+        "max_overoptimisation_gap": config.max_overoptimisation_gap,
         "min_distinct_2_ratio": config.min_distinct_2_ratio,
         "max_length_ratio": config.max_length_ratio,
         "min_eos_fraction": config.min_eos_fraction,

@@ -51,6 +51,13 @@ RULES = (
         "lower end of the judge's win rate over the champion",
     ),
     Rule("kl_reference", "value", "<=", "max_kl_reference", "KL to SFT in nats per completion"),
+    Rule(
+        "overoptimisation_gap",
+        "high",
+        "<=",
+        "max_overoptimisation_gap",
+        "upper end of what the reward model claims more than the judge, in deviations",
+    ),
     Rule("distinct_2_ratio", "value", ">=", "min_distinct_2_ratio", "distinct word pairs relative to SFT"),
     Rule("length_ratio", "value", "<=", "max_length_ratio", "mean length relative to SFT"),
     Rule("eos_fraction", "value", ">=", "min_eos_fraction", "share of completions that end by themselves"),

@@ -46,6 +46,7 @@ FREE = {  # random policies: only the judge decides
     "batch_size": 10,
     "bootstrap_resamples": 200,
     "max_kl_reference": 1e6,
+    "max_overoptimisation_gap": 1e6,
     "min_distinct_2_ratio": 0.0,
     "max_length_ratio": 100.0,
     "min_eos_fraction": 0.0,
@@ -277,6 +278,7 @@ def test_a_judge_of_the_opposite_opinion_fails_the_gate(world: World, tmp_path: 
 def test_each_threshold_alone_fails_the_gate(world: World, tmp_path: Path) -> None:
     for name, strict, measure in (
         ("max_kl_reference", 0.0, "kl_reference"),
+        ("max_overoptimisation_gap", 0.0, "overoptimisation_gap"),
         ("min_distinct_2_ratio", 100.0, "distinct_2_ratio"),
         ("max_length_ratio", 0.01, "length_ratio"),
         ("min_eos_fraction", 1.0, "eos_fraction"),
@@ -586,12 +588,16 @@ def test_line_41_every_number_of_the_gate_is_in_the_report(world: World, tmp_pat
 
 def test_line_35_the_report_draws_reward_and_judge_over_the_root_of_kl(world: World, tmp_path: Path) -> None:
     """The candidate's training.jsonl has twelve updates with KL i/3, reward i/9 and judge i/20."""
-    outputs, _, context = evaluate(tmp_path, world.inputs())
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs())
     page = context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode()
     plot = next(each for each in re.findall(r"<svg.*?</svg>", page, re.DOTALL) if "Reward against √KL" in each)
     assert "√KL to SFT" in plot
     assert ">reward</text>" in plot
     assert ">judge</text>" in plot
+    fits = evaluation["overoptimisation"]["fits"]
+    assert {name: fit["updates"] for name, fit in fits.items()} == {"reward": 12, "judge": 12}
+    assert "Gain against √KL, with Gao&#39;s form" in page
+    assert page.count("chosen update") > 2
 
 
 def test_line_39_command_line_refuses_the_optimised_reward_model_as_judge(services: Any, world: World, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_a_score_that_is_not_finite_fails_the_gate_instead_of_counting_as_a_loss
         "min_win_rate_over_sft": 0.5,
         "min_win_rate_over_champion": None,
         "max_kl_reference": 5.0,
+        "max_overoptimisation_gap": 1.0,
         "min_distinct_2_ratio": 0.5,
         "max_length_ratio": 2.0,
         "min_eos_fraction": 0.5,
@@ -115,6 +116,7 @@ def test_a_score_that_is_not_finite_fails_the_gate_instead_of_counting_as_a_loss
     read = {name: [Reading(3.0, 3)] * 20 for name in ("candidate", "sft")}
     perplexities = measure_perplexity(read, read, seed=0, resamples=200)
     perplexities |= measure_look(next_look(0.05, []))
+    perplexities |= {"overoptimisation_gap": {"value": 0.1, "low": 0.0, "high": 0.2}}
     good |= perplexities
     assert decide(good, thresholds)[1] == "pass"
     broken = measure({"candidate": ours, "sft": [answer("x y", math.nan), *theirs[1:]]}, [1.0] * 20, seed=0, resamples=200)

@@ -15,6 +15,7 @@ THRESHOLDS = {
     "min_win_rate_over_sft": 0.5,
     "min_win_rate_over_champion": 0.5,
     "max_kl_reference": 10.0,
+    "max_overoptimisation_gap": 1.0,
     "min_distinct_2_ratio": 0.5,
     "max_length_ratio": 2.0,
     "min_eos_fraction": 0.9,
@@ -31,6 +32,7 @@ GOOD: dict[str, Any] = {
     "win_rate_over_sft": {"value": 0.8, "low": 0.7, "high": 0.9},
     "win_rate_over_champion": {"value": 0.6, "low": 0.51, "high": 0.7},
     "kl_reference": {"value": 3.0, "low": 2.0, "high": 4.0},
+    "overoptimisation_gap": {"value": 0.3, "low": 0.1, "high": 0.5},
     "distinct_2_ratio": {"value": 0.8, "low": None, "high": None},
     "length_ratio": {"value": 1.1, "low": 1.0, "high": 1.2},
     "eos_fraction": {"value": 0.99, "low": 0.95, "high": 1.0},
@@ -93,6 +95,7 @@ def test_missing_measure_fails(measure: str) -> None:
         ("win_rate_over_sft", 0.5, 0.5000001, False),  # as good as SFT is not better than SFT
         ("win_rate_over_champion", 0.5, 0.5000001, False),
         ("kl_reference", 10.0, 9.9999, True),
+        ("overoptimisation_gap", 1.0, 0.999, True),
         ("distinct_2_ratio", 0.5, 0.5001, True),
         ("length_ratio", 2.0, 1.9999, True),
         ("eos_fraction", 0.9, 0.9001, True),
