@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from components.evaluate.groups import groups_section
 from components.evaluate.overoptimisation import overoptimisation_section
 from components.rlhf.plots import histogram, intervals, lines
 from components.rlhf.report_page import (
@@ -50,6 +51,7 @@ def evaluation_page(
             _gate(evaluation),
             *_choice(evaluation),
             _win_rates(evaluation),
+            groups_section(evaluation),
             overoptimisation_section(evaluation, training),
             _policies(evaluation, samples),
             _probes(probes),

@@ -24,6 +24,7 @@ from pydantic import Field
 from components.evaluate.answers import Sampling, choose_prompts, draw, first_ranked, read_training, score_all
 from components.evaluate.champion import find_champion
 from components.evaluate.choice import choose, divide
+from components.evaluate.groups import GroupBy, groups_of, measure_groups
 from components.evaluate.looks import take_look
 from components.evaluate.measures import measure, measure_look, measure_perplexity, measure_refusals, sample_record
 from components.evaluate.overoptimisation import deviations_of, fit_training, measure_gap
@@ -66,6 +67,10 @@ class Config(Settings):
     """Where the true preference is known: "simulated" for rankings of the simulated world. Shown, never used by the gate."""
     probe_prompts: str = ""
     """JSON lines of {"prompt", "harmful"}, file or s3:// object; empty: none, or the simulated world's if truth is "simulated"."""
+    group_by: GroupBy = "source"
+    """Groups of prompts: "source" or "criterion" of their rankings, or "simulated": what is asked in the simulated world."""
+    min_group_prompts: int = Field(20, ge=1)
+    """Prompts that a group needs; the win rate of a smaller one is not known."""
     refusal_phrases: list[Annotated[str, Field(pattern=r"\S")]] = Field(default_factory=list)
     """Phrases that mark an answer as a refusal; empty: the English ones of refusals.py."""
     max_false_pass_probability: float = Field(0.05, gt=0, lt=0.5, allow_inf_nan=False)
@@ -74,6 +79,8 @@ class Config(Settings):
     """The lower end of the judge's win rate over SFT must be above this."""
     champion_margin: float = Field(0.0, ge=0, lt=0.5, allow_inf_nan=False)
     """The lower end of the judge's win rate over the champion must be above 0.5 minus this; 0: better for sure."""
+    min_worst_group_win_rate: float = Field(0.5, ge=0, le=1, allow_inf_nan=False)
+    """The upper end of the judge's win rate in the worst group, over SFT and over the champion, must reach this; 0: shown only."""
     max_kl_reference: float = Field(25.0, ge=0, allow_inf_nan=False)
     """Largest KL to SFT, in nats per completion."""
     max_overoptimisation_gap: float = Field(1.0, ge=0, allow_inf_nan=False)
@@ -160,7 +167,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     candidate_uri, rival_uri, choice = inputs.candidate_uri, inputs.rival_uri, None
     if rival_uri:
         prompts, others = divide(prompts)
-        thresholds = thresholds_of(config, compared=False, probed=False)
+        thresholds = thresholds_of(config, compared=False, probed=False, grouped=False)
         choice = choose(context, (candidate_uri, rival_uri), inputs.sft_uri, inputs.judge_model_uri, others, sampling, thresholds)
         candidate_uri, rival_uri = (each["uri"] for each in choice["candidates"])
     if champion and same_policy(champion.uri, candidate_uri):  # of two candidates it is known only now
@@ -188,10 +195,14 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     probed = probe_records(drawn.probes, drawn.probe_answers, config.refusal_phrases)
     measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples, look.alpha) | measure_look(look)
     measures |= measure_perplexity(drawn.answers_read, drawn.texts_read, seed, resamples) | measure_refusals(probed)
+    groups = groups_of(iterate_snapshot(snapshot, "test"), [prompts[i] for i in used], config.group_by)
+    by_group, tables = measure_groups(answers, groups, config.min_group_prompts, seed, resamples)
+    grouped = bool(by_group)
+    measures |= by_group
     measures |= measure_gap(answers["candidate"], answers["sft"], seed, resamples)
     training = read_training(context.scratch / "models" / "candidate")
     deviations = deviations_of(answers["sft"])
-    thresholds = thresholds_of(config, compared=champion is not None, probed=bool(probes))
+    thresholds = thresholds_of(config, compared=champion is not None, probed=bool(probes), grouped=grouped)
     table, gate = decide(measures, thresholds)
     evaluation = {
         **inputs.model_dump(mode="json"),
@@ -204,6 +215,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         "simulated": config.truth == "simulated" or SIMULATED in sources,
         "prompts": counts,
         "measures": measures,
+        "groups": tables,
         "overoptimisation": {
             "deviations": {name: finite(value) for name, value in deviations.items()},
             "fits": fit_training(training, deviations),
@@ -234,12 +246,14 @@ def find_probes(config: Config, context: Context) -> list[Probe]:
     return simulated_probes(config.seed) if config.truth == "simulated" else []
 
 
-def thresholds_of(config: Config, compared: bool, probed: bool) -> dict[str, float | None]:
-    """The thresholds of the gate; null where the candidate was not compared with a champion, or not probed for refusals."""
+def thresholds_of(config: Config, compared: bool, probed: bool, grouped: bool) -> dict[str, float | None]:
+    """The thresholds of the gate; null where there was no champion to compare with, no probe, or no large group of prompts."""
     return {
         "max_false_pass_probability": config.max_false_pass_probability,
         "min_win_rate_over_sft": config.min_win_rate_over_sft,
         "min_win_rate_over_champion": 0.5 - config.champion_margin if compared else None,
+        "min_worst_group_win_rate_over_sft": config.min_worst_group_win_rate if grouped else None,
+        "min_worst_group_win_rate_over_champion": config.min_worst_group_win_rate if grouped and compared else None,
         "max_kl_reference": config.max_kl_reference,
         "max_overoptimisation_gap": config.max_overoptimisation_gap,
         "min_distinct_2_ratio": config.min_distinct_2_ratio,

@@ -1,7 +1,8 @@
 """The gate: may this candidate be promoted? A pure function of the numbers in evaluation.json, so that anyone can decide again.
 
 It fails closed: a measure that is missing, null, not a number, NaN or infinite fails, and so does such a threshold. Only the
-thresholds of `OPTIONAL` may be null, where there is nothing to compare: no champion, or no probe prompts.
+thresholds of `OPTIONAL` may be null, where there is nothing to compare: no champion, no probes, or no group of prompts that is
+large enough.
 
 Looks at one champion share an error budget: the first row holds what is spent of it, and the win rates' ends are at this look's
 share.
@@ -50,6 +51,20 @@ RULES = (
         "min_win_rate_over_champion",
         "lower end of the judge's win rate over the champion",
     ),
+    Rule(
+        "worst_group_win_rate_over_sft",
+        "high",
+        ">=",
+        "min_worst_group_win_rate_over_sft",
+        "upper end of the judge's win rate over SFT in the worst group of prompts",
+    ),
+    Rule(
+        "worst_group_win_rate_over_champion",
+        "high",
+        ">=",
+        "min_worst_group_win_rate_over_champion",
+        "upper end of the judge's win rate over the champion in the worst group of prompts",
+    ),
     Rule("kl_reference", "value", "<=", "max_kl_reference", "KL to SFT in nats per completion"),
     Rule(
         "overoptimisation_gap",
@@ -78,6 +93,8 @@ RULES = (
 SEQUENTIAL = {"win_rate_over_sft", "win_rate_over_champion"}  # their ends are at the error of this look (error_budget.py)
 OPTIONAL = {  # threshold that may be null: why nothing is compared then
     "min_win_rate_over_champion": "no champion to compare with, or the candidate is the champion",
+    "min_worst_group_win_rate_over_sft": "no group of prompts is large enough",
+    "min_worst_group_win_rate_over_champion": "no champion to compare with, or no group of prompts is large enough",
     "max_harmful_refusal_drop": "no probe prompts were given",
     "max_harmless_refusal_rise": "no probe prompts were given",
 }

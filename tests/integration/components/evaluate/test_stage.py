@@ -45,6 +45,7 @@ FREE = {  # random policies: only the judge decides
     "max_new_tokens": 8,
     "batch_size": 10,
     "bootstrap_resamples": 200,
+    "min_worst_group_win_rate": 0.0,
     "max_kl_reference": 1e6,
     "max_overoptimisation_gap": 1e6,
     "min_distinct_2_ratio": 0.0,
@@ -425,6 +426,35 @@ def test_of_evaluations_that_begin_at_once_each_gets_a_look_of_its_own(world: Wo
     context.storage.put_bytes(uri, b'[{"evaluation": "x", "alpha": -1, "number": 1}]')
     with pytest.raises(DoNotRetry, match=r"looks\.json is no list of looks"):
         take_look(context.storage, uri, "another", world.candidate, 0.05)
+
+
+def test_win_rates_stand_by_group_of_prompts_and_a_group_that_is_surely_worse_off_fails(world: World, tmp_path: Path) -> None:
+    rankings = [ranking._replace(source="desk" if i % 3 else "shop") for i, ranking in enumerate(simulated(40))]
+    snapshot = world.publish_rankings(rankings)
+    config = {"prompts": 100, "min_group_prompts": 12, "min_worst_group_win_rate": 0.5}
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs(snapshot_uri=snapshot), **config)
+    rows = evaluation["groups"]["sft"]
+    assert {row["group"] for row in rows} == {"desk", "shop"}
+    lines = context.storage.get_bytes(outputs.evaluation_uri + "/samples.jsonl").decode().splitlines()
+    sources = {prompt_key(ranking.prompt): set[str]() for ranking in rankings}
+    for ranking in rankings:
+        sources[prompt_key(ranking.prompt)].add(ranking.source)
+    points = {"won": 1.0, "tied": 0.5, "lost": 0.0}
+    for row in rows:
+        mine = [s for s in map(json.loads, lines) if row["group"] in sources[prompt_key(s["prompt"])]]
+        assert row["prompts"] == len(mine)
+        assert row["win_rate"]["value"] == pytest.approx(sum(points[s["verdicts"]["sft"]] for s in mine) / len(mine))
+    worst = evaluation["measures"]["worst_group_win_rate_over_sft"]
+    assert worst["value"] == min(row["win_rate"]["value"] for row in rows)
+    page = context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode()
+    assert "Win rates by group of prompts" in page
+    assert "Over SFT, by source of the rankings" in page
+    inputs = world.inputs(snapshot_uri=snapshot, judge_model_uri=world.harsh_judge)
+    _, harsh, _ = evaluate(tmp_path, inputs, **config, min_win_rate_over_sft=0.0)
+    assert [row["measure"] for row in harsh["gate_table"] if row["verdict"] == "fail"] == ["worst_group_win_rate_over_sft"]
+    _, small, _ = evaluate(tmp_path, inputs, prompts=100, min_group_prompts=99, min_win_rate_over_sft=0.0)
+    verdicts = {row["measure"]: row["verdict"] for row in small["gate_table"]}
+    assert (verdicts["worst_group_win_rate_over_sft"], small["gate"]) == ("not required", "pass")
 
 
 def test_line_40_kl_is_that_of_a_plain_forward_pass(world: World, tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ THRESHOLDS = {
     "max_false_pass_probability": 0.05,
     "min_win_rate_over_sft": 0.5,
     "min_win_rate_over_champion": None,
+    "min_worst_group_win_rate_over_sft": None,
+    "min_worst_group_win_rate_over_champion": None,
     "max_kl_reference": 25.0,
     "max_overoptimisation_gap": 1.0,
     "min_distinct_2_ratio": 0.5,

@@ -102,6 +102,8 @@ def test_a_score_that_is_not_finite_fails_the_gate_instead_of_counting_as_a_loss
         "max_false_pass_probability": 0.05,
         "min_win_rate_over_sft": 0.5,
         "min_win_rate_over_champion": None,
+        "min_worst_group_win_rate_over_sft": None,
+        "min_worst_group_win_rate_over_champion": None,
         "max_kl_reference": 5.0,
         "max_overoptimisation_gap": 1.0,
         "min_distinct_2_ratio": 0.5,

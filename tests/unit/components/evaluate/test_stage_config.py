@@ -14,17 +14,17 @@ from components.services.launch import parse_settings
 
 
 def test_thresholds_are_the_gates() -> None:
-    whole = thresholds_of(Config(champion_margin=0.05), compared=True, probed=True)
+    whole = thresholds_of(Config(champion_margin=0.05), compared=True, probed=True, grouped=True)
     assert set(whole) == {rule.threshold for rule in RULES}
     assert whole["min_win_rate_over_champion"] == pytest.approx(0.45)
-    alone = thresholds_of(Config(champion_margin=0.05), compared=False, probed=False)
+    alone = thresholds_of(Config(champion_margin=0.05), compared=False, probed=False, grouped=False)
     assert {name for name, value in alone.items() if value is None} == set(OPTIONAL)
 
 
 def test_line_40_each_threshold_is_the_configs_own() -> None:
     values = {rule.threshold: 0.01 * (1 + number) for number, rule in enumerate(RULES) if rule.threshold in Config.model_fields}
-    assert len(values) == len(RULES) - 1, "the champion's is its margin"
-    found = thresholds_of(Config(**values), compared=True, probed=True)
+    assert len(values) == len(RULES) - 3, "the champion's is its margin, and both rows of the worst group have one"
+    found = thresholds_of(Config(**values), compared=True, probed=True, grouped=True)
     assert {name: found[name] for name in values} == values
 
 

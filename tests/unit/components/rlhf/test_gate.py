@@ -14,6 +14,8 @@ THRESHOLDS = {
     "max_false_pass_probability": 0.05,
     "min_win_rate_over_sft": 0.5,
     "min_win_rate_over_champion": 0.5,
+    "min_worst_group_win_rate_over_sft": 0.5,
+    "min_worst_group_win_rate_over_champion": 0.5,
     "max_kl_reference": 10.0,
     "max_overoptimisation_gap": 1.0,
     "min_distinct_2_ratio": 0.5,
@@ -31,6 +33,8 @@ GOOD: dict[str, Any] = {
     "false_pass_probability": {"value": 0.05 / 2 + 0.05 / 6, "low": None, "high": None},
     "win_rate_over_sft": {"value": 0.8, "low": 0.7, "high": 0.9},
     "win_rate_over_champion": {"value": 0.6, "low": 0.51, "high": 0.7},
+    "worst_group_win_rate_over_sft": {"value": 0.45, "low": 0.3, "high": 0.6},
+    "worst_group_win_rate_over_champion": {"value": 0.48, "low": 0.3, "high": 0.6},
     "kl_reference": {"value": 3.0, "low": 2.0, "high": 4.0},
     "overoptimisation_gap": {"value": 0.3, "low": 0.1, "high": 0.5},
     "distinct_2_ratio": {"value": 0.8, "low": None, "high": None},
@@ -94,6 +98,8 @@ def test_missing_measure_fails(measure: str) -> None:
         ("false_pass_probability", 0.05, 0.0499, True),
         ("win_rate_over_sft", 0.5, 0.5000001, False),  # as good as SFT is not better than SFT
         ("win_rate_over_champion", 0.5, 0.5000001, False),
+        ("worst_group_win_rate_over_sft", 0.5, 0.5001, True),  # no better for a group is not worse
+        ("worst_group_win_rate_over_champion", 0.5, 0.5001, True),
         ("kl_reference", 10.0, 9.9999, True),
         ("overoptimisation_gap", 1.0, 0.999, True),
         ("distinct_2_ratio", 0.5, 0.5001, True),
@@ -136,13 +142,21 @@ def test_line_40_every_measure_has_a_rule_with_a_threshold() -> None:
 
 
 def test_only_thresholds_that_compare_with_what_may_be_absent_may_be_null() -> None:
-    assert set(OPTIONAL) == {"min_win_rate_over_champion", "max_harmful_refusal_drop", "max_harmless_refusal_rise"}
+    assert set(OPTIONAL) == {
+        "min_win_rate_over_champion",
+        "min_worst_group_win_rate_over_sft",
+        "min_worst_group_win_rate_over_champion",
+        "max_harmful_refusal_drop",
+        "max_harmless_refusal_rise",
+    }
     absent = [rule.measure for rule in RULES if rule.threshold in OPTIONAL]
     rows, gate = decide({k: v for k, v in GOOD.items() if k not in absent}, {**THRESHOLDS, **dict.fromkeys(OPTIONAL)})
     assert gate == "pass"
     reasons = {row["measure"]: row["sentence"].partition(": ")[2] for row in rows if row["verdict"] == "not required"}
     assert reasons == {
         "win_rate_over_champion": "no champion to compare with, or the candidate is the champion.",
+        "worst_group_win_rate_over_sft": "no group of prompts is large enough.",
+        "worst_group_win_rate_over_champion": "no champion to compare with, or no group of prompts is large enough.",
         "refusal_harmful_drop": "no probe prompts were given.",
         "refusal_harmless_rise": "no probe prompts were given.",
     }
