@@ -30,6 +30,7 @@ def evaluation_page(
     evaluation: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
     probes: Sequence[Mapping[str, Any]],
+    instructions: Sequence[Mapping[str, Any]],
     training: Sequence[Mapping[str, Any]],
 ) -> str:
     """One HTML page.
@@ -38,6 +39,7 @@ def evaluation_page(
         evaluation: the content of evaluation.json.
         samples: the lines of samples.jsonl.
         probes: the lines of probes.jsonl.
+        instructions: the lines of instructions.jsonl.
         training: PPO's updates or DPO's steps; empty if the candidate has no record of them.
     """
     banners = [_verdict(evaluation)]
@@ -55,6 +57,7 @@ def evaluation_page(
             overoptimisation_section(evaluation, training),
             _policies(evaluation, samples),
             _probes(probes),
+            _instructions(instructions),
             _training(training),
             _lineage(evaluation),
         ],
@@ -167,6 +170,8 @@ def _policies(evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
             ("self_bleu", "self-BLEU"),
             ("answer_perplexity", "perplexity of its answers, read by SFT"),
             ("perplexity", "perplexity on text that people ranked first"),
+            ("plain_perplexity", "perplexity per word of plain text"),
+            ("instructions", "instructions followed"),
             ("refusal_harmful", "harmful probes refused"),
             ("refusal_harmless", "harmless probes refused"),
         )
@@ -191,7 +196,7 @@ def _policies(evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
 
 def _probes(probes: Sequence[Mapping[str, Any]]) -> Section:
     if not probes:
-        return Section("Refusals", ["No probe prompts were given (evaluate.probe_prompts), so refusals are not measured."])
+        return Section("Refusals", ["There are no probes (evaluate.probe_prompts), so refusals are not measured."])
     policies = [name for name in NAMES if name in probes[0]["answers"]]
     tables = []
     for kind, harmful in (("Harmful", True), ("Harmless", False)):
@@ -211,6 +216,29 @@ def _probes(probes: Sequence[Mapping[str, Any]]) -> Section:
         "Refusals",
         ["An answer refuses if it says one of a list of phrases. Probes on which candidate and SFT differ come first."],
         tables,
+    )
+
+
+def _instructions(instructions: Sequence[Mapping[str, Any]]) -> Section:
+    if not instructions:
+        return Section(
+            "Instructions", ["There are none (evaluate.probe_instructions), so it is not measured whether they are followed."]
+        )
+    policies = [name for name in NAMES if name in instructions[0]["answers"]]
+    # Where the gate looks: first those that SFT follows and the candidate does not, then the other way round.
+    order = sorted(instructions, key=lambda each: each["answers"]["candidate"]["follows"] - each["answers"]["sft"]["follows"])
+    differing = [each for each in order if each["answers"]["candidate"]["follows"] != each["answers"]["sft"]["follows"]]
+    rows: list[list[Cell]] = []
+    for each in [*differing, *(each for each in order if each not in differing)][: 2 * PROBES_SHOWN]:
+        row: list[Cell] = [_prompt_text(each["prompt"]), ", ".join(f"{name} {value}" for name, value in each["checks"].items())]
+        for policy in policies:
+            row += [each["answers"][policy]["follows"], each["answers"][policy]["text"]]
+        rows.append(row)
+    columns = ["prompt", "checks", *(text for policy in policies for text in (f"{NAMES[policy]} follows", NAMES[policy]))]
+    return Section(
+        "Instructions",
+        ["A rule checks each answer. Instructions that only one of SFT and candidate follows come first."],
+        [Table(f"{len(rows)} of {len(instructions)}", columns, rows)],
     )
 
 

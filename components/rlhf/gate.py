@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 Verdict = Literal["pass", "fail", "not required"]
+End = Literal["value", "low", "high"]
 
 
 class Rule(NamedTuple):
@@ -29,12 +30,20 @@ class Rule(NamedTuple):
     """
 
     measure: str
-    end: Literal["value", "low", "high"]
+    end: End
     relation: Literal[">", ">=", "<="]
     threshold: str
     meaning: str
 
 
+AGAINST: tuple[
+    tuple[str, End, str, str], ...
+] = (  # what probes measure: (measure, end, threshold, meaning), against SFT and champion
+    ("refusal_harmful_drop", "high", "max_harmful_refusal_drop", "upper end of the fall in refusals of harmful probes against"),
+    ("refusal_harmless_rise", "high", "max_harmless_refusal_rise", "upper end of the rise in refusals of harmless probes against"),
+    ("instruction_drop", "high", "max_instruction_drop", "upper end of the fall in instructions followed against"),
+    ("plain_perplexity_ratio", "value", "max_plain_perplexity_ratio", "perplexity per word of plain text relative to"),
+)
 RULES = (
     Rule(
         "false_pass_probability",
@@ -85,9 +94,10 @@ RULES = (
         "perplexity under SFT relative to SFT's own answers",
     ),
     Rule("perplexity_ratio", "value", "<=", "max_perplexity_ratio", "perplexity on text ranked first relative to SFT"),
-    Rule("refusal_harmful_drop", "high", "<=", "max_harmful_refusal_drop", "upper end of the fall in refusals of harmful probes"),
-    Rule(
-        "refusal_harmless_rise", "high", "<=", "max_harmless_refusal_rise", "upper end of the rise in refusals of harmless probes"
+    *(
+        Rule(f"{measure}_{policy}", end, "<=", f"{threshold}_{policy}", f"{meaning} {said}")
+        for policy, said in (("sft", "SFT"), ("champion", "the champion"))
+        for measure, end, threshold, meaning in AGAINST
     ),
 )
 SEQUENTIAL = {"win_rate_over_sft", "win_rate_over_champion"}  # their ends are at the error of this look (error_budget.py)
@@ -95,8 +105,8 @@ OPTIONAL = {  # threshold that may be null: why nothing is compared then
     "min_win_rate_over_champion": "no champion to compare with, or the candidate is the champion",
     "min_worst_group_win_rate_over_sft": "no group of prompts is large enough",
     "min_worst_group_win_rate_over_champion": "no champion to compare with, or no group of prompts is large enough",
-    "max_harmful_refusal_drop": "no probe prompts were given",
-    "max_harmless_refusal_rise": "no probe prompts were given",
+    **{f"{threshold}_sft": "nothing was probed" for _, _, threshold, _ in AGAINST},
+    **{f"{threshold}_champion": "nothing was probed, or no champion to compare with" for _, _, threshold, _ in AGAINST},
 }
 
 

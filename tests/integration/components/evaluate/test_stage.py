@@ -6,6 +6,7 @@ One long file, because all of it asks the same models, which are made once a fil
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -56,6 +57,11 @@ FREE = {  # random policies: only the judge decides
     "max_perplexity_ratio": 1e6,
     "max_harmful_refusal_drop": 1.0,
     "max_harmless_refusal_rise": 1.0,
+    "max_instruction_drop": 1.0,
+    "max_plain_perplexity_ratio": 1e9,
+    "probe_prompts": "none",
+    "probe_instructions": "none",
+    "probe_texts": "none",
 }
 
 
@@ -215,7 +221,7 @@ def champion() -> Iterator[Callable[..., str]]:
 
 
 def test_without_champion_everything_is_published_and_logged(world: World, tmp_path: Path) -> None:
-    outputs, evaluation, context = evaluate(tmp_path, world.inputs(), truth="simulated")
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs(), truth="simulated", probe_prompts="shipped")
     assert outputs == ("pass", outputs.evaluation_uri, "", world.candidate)
     assert context.storage.get_json(outputs.evaluation_uri + "/rankloop.json")["role"] == "evaluation"
     assert {name: evaluation[name] for name in world.inputs()} == world.inputs()
@@ -228,7 +234,9 @@ def test_without_champion_everything_is_published_and_logged(world: World, tmp_p
         "cut": 0,
         "harmful_probes": SIMULATED_EACH,
         "harmless_probes": SIMULATED_EACH,
+        "instructions": 0,
         "probes_too_long": 0,
+        "plain_texts": 0,
     }
     assert decide(evaluation["measures"], evaluation["thresholds"]) == (evaluation["gate_table"], evaluation["gate"])
     judged = evaluation["measures"]["win_rate_over_sft"]
@@ -529,11 +537,11 @@ def test_line_40_refusals_are_measured_on_the_probes_that_are_given(world: World
     assert measures["refusal_harmful_candidate"]["value"] == pytest.approx(refused / 30)
     assert refused > 5
     assert measures["refusal_harmful_sft"]["value"] == measures["refusal_harmless_sft"]["value"] == 0
-    assert measures["refusal_harmless_rise"]["low"] > 0
+    assert measures["refusal_harmless_rise_sft"]["low"] > 0
 
     for strict, failing in (
-        ({"max_harmful_refusal_drop": 0.0}, []),  # it refuses more
-        ({"max_harmless_refusal_rise": 0.1}, ["refusal_harmless_rise"]),
+        ({"max_harmful_refusal_drop_sft": 0.0}, []),  # it refuses more
+        ({"max_harmless_refusal_rise_sft": 0.1}, ["refusal_harmless_rise_sft"]),
     ):
         rows, _ = decide(measures, evaluation["thresholds"] | strict)
         assert [row["measure"] for row in rows if row["verdict"] == "fail"] == failing
@@ -547,12 +555,59 @@ def test_line_40_probes_that_no_policy_can_read_fail_the_gate_and_none_given_do_
     outputs, evaluation, _ = evaluate(tmp_path, world.inputs(), probe_prompts=probe_file(tmp_path / "long.jsonl", "lamp " * 500))
     assert outputs.gate == "fail"
     rows = {row["measure"]: row["verdict"] for row in evaluation["gate_table"]}
-    assert (rows["refusal_harmful_drop"], rows["refusal_harmless_rise"]) == ("fail", "fail")
+    assert (rows["refusal_harmful_drop_sft"], rows["refusal_harmless_rise_sft"]) == ("fail", "fail")
     outputs, evaluation, _ = evaluate(tmp_path, world.inputs())
     assert outputs.gate == "pass"
     rows = {row["measure"]: row["verdict"] for row in evaluation["gate_table"]}
-    assert (rows["refusal_harmful_drop"], rows["refusal_harmless_rise"]) == ("not required", "not required")
+    assert (rows["refusal_harmful_drop_sft"], rows["refusal_harmless_rise_sft"]) == ("not required", "not required")
     assert not [name for name in evaluation["measures"] if name.startswith("refusal")]
+
+
+def test_instructions_and_plain_text_are_measured_against_sft_and_champion(
+    world: World, champion: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"please help my lamp {i}", "checks": {"contains": ["printer"]}} for i in range(30)]
+    told = tmp_path / "instructions.jsonl"
+    told.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    plain = tmp_path / "texts.jsonl"
+    texts = ["please help my printer and my phone and my lamp", "my oven does not turn on since monday", "lamp " * 500]
+    plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    probes = {"probe_instructions": str(told), "probe_texts": str(plain), "policy_name": champion(world.sft)}
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs(), **probes)
+    assert (evaluation["prompts"]["instructions"], evaluation["prompts"]["plain_texts"]) == (30, 2)
+    lines = context.storage.get_bytes(outputs.evaluation_uri + "/instructions.jsonl").decode().splitlines()
+    followed = {
+        policy: sum("printer" in json.loads(line)["answers"][policy]["text"].split() for line in lines) / 30
+        for policy in ("candidate", "sft", "champion")
+    }
+    measures = evaluation["measures"]
+    for policy, share in followed.items():
+        assert measures[f"instructions_{policy}"]["value"] == pytest.approx(share)
+    assert followed["candidate"] > followed["sft"]
+    tokenizer = load_policy(context.scratch / "models" / "sft")[1]
+    for policy in followed:
+        model, nats = AutoModelForCausalLM.from_pretrained(context.scratch / "models" / policy), 0.0
+        for text in texts[:2]:
+            ids = torch.tensor([tokenizer.encode(text)])
+            with torch.no_grad():
+                logits = model(ids).logits[0].double()
+            logits[:, tokenizer.pad_token_id] = -torch.inf
+            logprobs = torch.log_softmax(logits, -1)
+            nats -= sum(float(logprobs[place, token]) for place, token in enumerate(ids[0, 1:].tolist()))
+        words = sum(len(text.split()) for text in texts[:2])
+        assert measures[f"plain_perplexity_{policy}"]["value"] == pytest.approx(math.exp(nats / words), rel=1e-3)
+    assert measures["plain_perplexity_ratio_sft"] == measures["plain_perplexity_ratio_champion"]
+    page = context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode()
+    assert "A rule checks each answer" in page
+    assert "perplexity per word of plain text" in page
+    verdicts = {row["measure"]: row["verdict"] for row in evaluation["gate_table"]}
+    assert {
+        verdicts[f"{name}_{policy}"] for name in ("instruction_drop", "plain_perplexity_ratio") for policy in ("sft", "champion")
+    } == {"pass"}
+    strict = dict.fromkeys((f"max_plain_perplexity_ratio_{policy}" for policy in ("sft", "champion")), 1e-3)
+    rows_now, _ = decide(measures, evaluation["thresholds"] | strict)
+    failing = [row["measure"] for row in rows_now if row["verdict"] == "fail"]
+    assert failing == ["plain_perplexity_ratio_sft", "plain_perplexity_ratio_champion"]
 
 
 def test_line_04_prompts_that_do_not_fit_are_counted(world: World, tmp_path: Path) -> None:
@@ -562,7 +617,7 @@ def test_line_04_prompts_that_do_not_fit_are_counted(world: World, tmp_path: Pat
     long = rankings[1]._replace(prompt=[{"role": "user", "content": "lamp " * 500 + "\nwhat is wrong ?"}])
     snapshot = world.publish_rankings([giant, long, *rankings[2:]])
     _, evaluation, _ = evaluate(tmp_path, world.inputs(snapshot_uri=snapshot))
-    none = {"harmful_probes": 0, "harmless_probes": 0, "probes_too_long": 0}
+    none = {"harmful_probes": 0, "harmless_probes": 0, "instructions": 0, "probes_too_long": 0, "plain_texts": 0}
     assert evaluation["prompts"] == {"asked": 24, "answered": others + 1, "too_long": 1, "cut": 1, **none}
     with pytest.raises(DoNotRetry, match="none of the 1 held-out prompts fits"):
         evaluate(tmp_path, world.inputs(snapshot_uri=world.publish_rankings([giant])))
