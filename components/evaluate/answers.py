@@ -12,10 +12,11 @@ import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
+from components.evaluate.instructions import Instruction
 from components.evaluate.measures import Answer, Reading
 from components.evaluate.refusals import Probe
 from components.rlhf.models import Precision, context_tokens, load_policy, load_scorer
@@ -29,6 +30,9 @@ from components.simulated_world import truth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Kind = TypeVar("Kind", Probe, Instruction)
 
 
 class Sampling(NamedTuple):
@@ -53,6 +57,8 @@ class Drawn(NamedTuple):
         texts_read: {policy: the texts of each prompt, as this policy reads them at temperature 1}, of candidate and SFT.
         probes: those that every policy answered.
         probe_answers: {policy: text of its answer to each of them}.
+        plain_read: {policy: each plain text as it reads it at temperature 1, with the number of its words}; those that fit every
+            policy's context.
     """
 
     completions: dict[str, dict[int, Completion]]
@@ -60,8 +66,14 @@ class Drawn(NamedTuple):
     cut: set[int]
     answers_read: dict[str, list[Reading]]
     texts_read: dict[str, list[Reading]]
-    probes: list[Probe]
+    probes: list[Probe | Instruction]
     probe_answers: dict[str, list[str]]
+    plain_read: dict[str, list[Reading]]
+
+    def answers_to(self, kind: type[Kind]) -> tuple[list[Kind], dict[str, list[str]]]:
+        """The probes of one kind, and {policy: its answer to each}."""
+        rows = [(i, each) for i, each in enumerate(self.probes) if isinstance(each, kind)]
+        return [each for _, each in rows], {policy: [given[i] for i, _ in rows] for policy, given in self.probe_answers.items()}
 
 
 def choose_prompts(rankings: Iterable[Ranking], count: int, seed: int) -> tuple[list[list[Message]], set[str]]:
@@ -98,7 +110,8 @@ def draw(
     prompts: Sequence[list[Message]],
     sampling: Sampling,
     texts: Sequence[Sequence[str]] = (),
-    probes: Sequence[Probe] = (),
+    probes: Sequence[Probe | Instruction] = (),
+    plain: Sequence[str] = (),
 ) -> Drawn:
     """One answer per prompt and policy, for the prompts that fit every policy's context, and what else a policy has to do.
 
@@ -108,6 +121,7 @@ def draw(
         policies: {name: s3:// folder}, "candidate" before "sft".
         texts: of each prompt, for candidate and SFT to read; none: nothing is read.
         probes: prompts that every policy answers, too.
+        plain: texts without a prompt, for every policy to read.
 
     Raises:
         DoNotRetry: a folder is not a policy; candidate and SFT do not share a vocabulary; or no prompt fits.
@@ -120,6 +134,7 @@ def draw(
     log_ratios: dict[int, float] = {}
     answers_read: dict[str, dict[int, Reading]] = {}
     texts_read: dict[str, dict[int, Reading]] = {}
+    plain_read: dict[str, dict[int, Reading]] = {}
     cut: set[int] = set()
     for name, uri in policies.items():
         model, tokenizer = _load(context, name, uri, "policy", sampling.precision)
@@ -138,6 +153,7 @@ def draw(
         fitting = [(i, each.prompt) for i, each in enumerate(probes) if _was_cut(tokenizer, each.prompt, limit_tokens) is not None]
         answers = _sample(context, f"answers of {name} to probes", model, tokenizer, fitting, sampling)
         probed[name] = {i: each.text for i, each in answers.items()}
+        plain_read[name] = _read_plain(model, tokenizer, plain, sampling)
         ours = completions["candidate"]
         if name == "candidate":
             candidate_vocabulary = tokenizer.get_vocab()
@@ -156,6 +172,7 @@ def draw(
                 answers_read[policy] = {i: Reading(-logprobs[i], lengths[i]) for i in logprobs}
         if texts and name in ("candidate", "sft"):
             texts_read[name] = _read(model, tokenizer, asked, texts, limit_tokens, sampling)
+    by_all = [i for i in range(len(plain)) if all(i in each for each in plain_read.values())]
     everywhere = [i for i in range(len(probes)) if all(i in each for each in probed.values())]
     return Drawn(
         {name: {i: each[i] for i in indices} for name, each in completions.items()},
@@ -165,6 +182,7 @@ def draw(
         {name: [each[i] for i in indices] for name, each in texts_read.items()},
         [probes[i] for i in everywhere],
         {name: [each[i] for i in everywhere] for name, each in probed.items()},
+        {name: [each[i] for i in by_all] for name, each in plain_read.items()},
     )
 
 
@@ -278,6 +296,19 @@ def _read(
         before = read.get(i, Reading(0.0, 0))
         read[i] = Reading(before.nats - logprob, before.tokens + len(each.token_ids))
     return read
+
+
+def _read_plain(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], sampling: Sampling
+) -> dict[int, Reading]:
+    """Texts that fit the context, each after its own first token; by words, because policies may differ in their tokens."""
+    rows: dict[int, Completion] = {}
+    for i, text in enumerate(texts):
+        token_ids = tokenizer.encode(text)
+        if 1 < len(token_ids) <= context_tokens(model.config):
+            rows[i] = Completion(token_ids[:1], token_ids[1:], text, True, torch.empty(0))
+    logprobs = _logprobs(model, tokenizer, list(rows.values()), sampling._replace(temperature=1.0)) if rows else []
+    return {i: Reading(-logprob, len(texts[i].split())) for i, logprob in zip(rows, logprobs, strict=True)}
 
 
 def _true_scores(prompts: Sequence[list[Message]], texts: Sequence[str]) -> list[float]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from components.evaluate.groups import groups_section
+from components.evaluate.overoptimisation import overoptimisation_section
 from components.rlhf.plots import histogram, intervals, lines
 from components.rlhf.report_page import (
     SIMULATED_BANNER,
@@ -28,6 +30,7 @@ def evaluation_page(
     evaluation: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
     probes: Sequence[Mapping[str, Any]],
+    instructions: Sequence[Mapping[str, Any]],
     training: Sequence[Mapping[str, Any]],
 ) -> str:
     """One HTML page.
@@ -36,6 +39,7 @@ def evaluation_page(
         evaluation: the content of evaluation.json.
         samples: the lines of samples.jsonl.
         probes: the lines of probes.jsonl.
+        instructions: the lines of instructions.jsonl.
         training: PPO's updates or DPO's steps; empty if the candidate has no record of them.
     """
     banners = [_verdict(evaluation)]
@@ -43,14 +47,17 @@ def evaluation_page(
         banners.insert(0, SIMULATED_BANNER)
     return render_page(
         "Evaluation of a policy",
-        f"{len(samples)} held-out prompts, one answer each. Intervals are at 95 %. Candidate {evaluation['candidate_uri']}",
+        f"{len(samples)} held-out prompts, one answer each. {_level(evaluation)} Candidate {evaluation['candidate_uri']}",
         banners,
         [
             _gate(evaluation),
             *_choice(evaluation),
             _win_rates(evaluation),
+            groups_section(evaluation),
+            overoptimisation_section(evaluation, training),
             _policies(evaluation, samples),
             _probes(probes),
+            _instructions(instructions),
             _training(training),
             _lineage(evaluation),
         ],
@@ -65,12 +72,21 @@ def _verdict(evaluation: Mapping[str, Any]) -> tuple[str, str]:
     return "fail", "Gate: fail. " + " ".join(failed)
 
 
+def _level(evaluation: Mapping[str, Any]) -> str:
+    alpha = evaluation["measures"]["look_alpha"]["value"]
+    return f"Intervals are at 95 %, those of the judge's win rates at {100 * (1 - 2 * alpha):.4g} %."
+
+
 def _gate(evaluation: Mapping[str, Any]) -> Section:
     columns = ["measure", "verdict", "value", "low", "high", "required", "threshold", "in words"]
     keys = ["measure", "verdict", "value", "low", "high", "relation", "threshold", "sentence"]
     return Section(
         "Gate",
-        ["Every row must pass; a number that is missing or not finite fails."],
+        [
+            "Every row must pass; a number that is missing or not finite fails.",
+            "All evaluations against one champion share an error budget: the k-th may pass a candidate that is no better with a "
+            f"probability of the budget / (k (k + 1)). The looks so far are in {evaluation['looks_uri']}.",
+        ],
         [Table("", columns, [[row[key] for key in keys] for row in evaluation["gate_table"]])],
     )
 
@@ -154,6 +170,8 @@ def _policies(evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
             ("self_bleu", "self-BLEU"),
             ("answer_perplexity", "perplexity of its answers, read by SFT"),
             ("perplexity", "perplexity on text that people ranked first"),
+            ("plain_perplexity", "perplexity per word of plain text"),
+            ("instructions", "instructions followed"),
             ("refusal_harmful", "harmful probes refused"),
             ("refusal_harmless", "harmless probes refused"),
         )
@@ -178,7 +196,7 @@ def _policies(evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
 
 def _probes(probes: Sequence[Mapping[str, Any]]) -> Section:
     if not probes:
-        return Section("Refusals", ["No probe prompts were given (evaluate.probe_prompts), so refusals are not measured."])
+        return Section("Refusals", ["There are no probes (evaluate.probe_prompts), so refusals are not measured."])
     policies = [name for name in NAMES if name in probes[0]["answers"]]
     tables = []
     for kind, harmful in (("Harmful", True), ("Harmless", False)):
@@ -198,6 +216,29 @@ def _probes(probes: Sequence[Mapping[str, Any]]) -> Section:
         "Refusals",
         ["An answer refuses if it says one of a list of phrases. Probes on which candidate and SFT differ come first."],
         tables,
+    )
+
+
+def _instructions(instructions: Sequence[Mapping[str, Any]]) -> Section:
+    if not instructions:
+        return Section(
+            "Instructions", ["There are none (evaluate.probe_instructions), so it is not measured whether they are followed."]
+        )
+    policies = [name for name in NAMES if name in instructions[0]["answers"]]
+    # Where the gate looks: first those that SFT follows and the candidate does not, then the other way round.
+    order = sorted(instructions, key=lambda each: each["answers"]["candidate"]["follows"] - each["answers"]["sft"]["follows"])
+    differing = [each for each in order if each["answers"]["candidate"]["follows"] != each["answers"]["sft"]["follows"]]
+    rows: list[list[Cell]] = []
+    for each in [*differing, *(each for each in order if each not in differing)][: 2 * PROBES_SHOWN]:
+        row: list[Cell] = [_prompt_text(each["prompt"]), ", ".join(f"{name} {value}" for name, value in each["checks"].items())]
+        for policy in policies:
+            row += [each["answers"][policy]["follows"], each["answers"][policy]["text"]]
+        rows.append(row)
+    columns = ["prompt", "checks", *(text for policy in policies for text in (f"{NAMES[policy]} follows", NAMES[policy]))]
+    return Section(
+        "Instructions",
+        ["A rule checks each answer. Instructions that only one of SFT and candidate follows come first."],
+        [Table(f"{len(rows)} of {len(instructions)}", columns, rows)],
     )
 
 
@@ -237,7 +278,8 @@ def _root(value: Any) -> float | None:
 
 
 def _lineage(evaluation: Mapping[str, Any]) -> Section:
-    names = ("candidate_uri", "sft_uri", "champion_uri", "champion_version", "reward_model_uri", "judge_model_uri", "snapshot_uri")
+    names = ["candidate_uri", "sft_uri", "champion_uri", "champion_version"]
+    names += ["reward_model_uri", "judge_model_uri", "snapshot_uri", "looks_uri"]
     rows: list[list[Cell]] = [[name, str(evaluation[name])] for name in names if evaluation[name]]
     settings: list[list[Cell]] = [[name, value] for name, value in evaluation["config"].items()]
     prompts: list[list[Cell]] = [[name.replace("_", " "), count] for name, count in evaluation["prompts"].items()]

@@ -70,7 +70,7 @@ def model_card(
         *_section("Base model", escape(base) if base else "None: trained from scratch by the SFT stage."),
         *_section("Data", _data(snapshot, markers)),
         *_section("Gate", _table(("measure", "value", "required", "verdict"), [_gate_row(row) for row in rows])),
-        *_section("Measures", _table(("measure", "value and 95 % interval"), _measures(evaluation.get("measures", {})))),
+        *_section("Measures", _table(("measure", "value and interval"), _measures(evaluation.get("measures", {})))),
         *_section("Lineage", _table(("artifact", "where", "SHA-256 of its rankloop.json", ""), _lineage(lineage))),
     ]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,11 @@
 """The gate: may this candidate be promoted? A pure function of the numbers in evaluation.json, so that anyone can decide again.
 
 It fails closed: a measure that is missing, null, not a number, NaN or infinite fails, and so does such a threshold. Only the
-thresholds of `OPTIONAL` may be null, where there is nothing to compare: no champion, or no probe prompts.
+thresholds of `OPTIONAL` may be null, where there is nothing to compare: no champion, no probes, or no group of prompts that is
+large enough.
+
+Looks at one champion share an error budget: the first row holds what is spent of it, and the win rates' ends are at this look's
+share.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 Verdict = Literal["pass", "fail", "not required"]
+End = Literal["value", "low", "high"]
 
 
 class Rule(NamedTuple):
@@ -25,13 +30,28 @@ class Rule(NamedTuple):
     """
 
     measure: str
-    end: Literal["value", "low", "high"]
+    end: End
     relation: Literal[">", ">=", "<="]
     threshold: str
     meaning: str
 
 
+AGAINST: tuple[
+    tuple[str, End, str, str], ...
+] = (  # what probes measure: (measure, end, threshold, meaning), against SFT and champion
+    ("refusal_harmful_drop", "high", "max_harmful_refusal_drop", "upper end of the fall in refusals of harmful probes against"),
+    ("refusal_harmless_rise", "high", "max_harmless_refusal_rise", "upper end of the rise in refusals of harmless probes against"),
+    ("instruction_drop", "high", "max_instruction_drop", "upper end of the fall in instructions followed against"),
+    ("plain_perplexity_ratio", "value", "max_plain_perplexity_ratio", "perplexity per word of plain text relative to"),
+)
 RULES = (
+    Rule(
+        "false_pass_probability",
+        "value",
+        "<=",
+        "max_false_pass_probability",
+        "probability that any look so far passes a candidate that is no better",
+    ),
     Rule("win_rate_over_sft", "low", ">", "min_win_rate_over_sft", "lower end of the judge's win rate over SFT"),
     Rule(
         "win_rate_over_champion",
@@ -40,7 +60,28 @@ RULES = (
         "min_win_rate_over_champion",
         "lower end of the judge's win rate over the champion",
     ),
+    Rule(
+        "worst_group_win_rate_over_sft",
+        "high",
+        ">=",
+        "min_worst_group_win_rate_over_sft",
+        "upper end of the judge's win rate over SFT in the worst group of prompts",
+    ),
+    Rule(
+        "worst_group_win_rate_over_champion",
+        "high",
+        ">=",
+        "min_worst_group_win_rate_over_champion",
+        "upper end of the judge's win rate over the champion in the worst group of prompts",
+    ),
     Rule("kl_reference", "value", "<=", "max_kl_reference", "KL to SFT in nats per completion"),
+    Rule(
+        "overoptimisation_gap",
+        "high",
+        "<=",
+        "max_overoptimisation_gap",
+        "upper end of what the reward model claims more than the judge, in deviations",
+    ),
     Rule("distinct_2_ratio", "value", ">=", "min_distinct_2_ratio", "distinct word pairs relative to SFT"),
     Rule("length_ratio", "value", "<=", "max_length_ratio", "mean length relative to SFT"),
     Rule("eos_fraction", "value", ">=", "min_eos_fraction", "share of completions that end by themselves"),
@@ -53,15 +94,19 @@ RULES = (
         "perplexity under SFT relative to SFT's own answers",
     ),
     Rule("perplexity_ratio", "value", "<=", "max_perplexity_ratio", "perplexity on text ranked first relative to SFT"),
-    Rule("refusal_harmful_drop", "high", "<=", "max_harmful_refusal_drop", "upper end of the fall in refusals of harmful probes"),
-    Rule(
-        "refusal_harmless_rise", "high", "<=", "max_harmless_refusal_rise", "upper end of the rise in refusals of harmless probes"
+    *(
+        Rule(f"{measure}_{policy}", end, "<=", f"{threshold}_{policy}", f"{meaning} {said}")
+        for policy, said in (("sft", "SFT"), ("champion", "the champion"))
+        for measure, end, threshold, meaning in AGAINST
     ),
 )
+SEQUENTIAL = {"win_rate_over_sft", "win_rate_over_champion"}  # their ends are at the error of this look (error_budget.py)
 OPTIONAL = {  # threshold that may be null: why nothing is compared then
     "min_win_rate_over_champion": "no champion to compare with, or the candidate is the champion",
-    "max_harmful_refusal_drop": "no probe prompts were given",
-    "max_harmless_refusal_rise": "no probe prompts were given",
+    "min_worst_group_win_rate_over_sft": "no group of prompts is large enough",
+    "min_worst_group_win_rate_over_champion": "no champion to compare with, or no group of prompts is large enough",
+    **{f"{threshold}_sft": "nothing was probed" for _, _, threshold, _ in AGAINST},
+    **{f"{threshold}_champion": "nothing was probed, or no champion to compare with" for _, _, threshold, _ in AGAINST},
 }
 
 
@@ -75,14 +120,17 @@ def decide(measures: Mapping[str, Any], thresholds: Mapping[str, Any]) -> tuple[
     Returns:
         Rows {measure, value, low, high, relation, threshold, verdict, sentence}, one for each of `RULES`, and the verdict.
     """
-    rows = [_row(rule, measures.get(rule.measure), thresholds) for rule in RULES]
+    rows = [_row(rule, measures, thresholds) for rule in RULES]
     return rows, "fail" if any(row["verdict"] == "fail" for row in rows) else "pass"
 
 
-def _row(rule: Rule, measure: Any, thresholds: Mapping[str, Any]) -> dict[str, Any]:
+def _row(rule: Rule, measures: Mapping[str, Any], thresholds: Mapping[str, Any]) -> dict[str, Any]:
+    measure = measures.get(rule.measure)
     numbers = {end: number(measure.get(end)) if isinstance(measure, Mapping) else None for end in ("value", "low", "high")}
     threshold = number(thresholds.get(rule.threshold))
     verdict, sentence = _verdict(rule, numbers[rule.end], threshold, thresholds)
+    if rule.measure in SEQUENTIAL and verdict != "not required":
+        sentence += _look(measures, thresholds)
     return {
         "measure": rule.measure,
         **numbers,
@@ -103,6 +151,19 @@ def _verdict(rule: Rule, found: float | None, threshold: float | None, threshold
         return "fail", f"{meaning}: missing or not a finite number; {rule.relation} {threshold:g} is required."
     passed = {">": found > threshold, ">=": found >= threshold, "<=": found <= threshold}[rule.relation]
     return "pass" if passed else "fail", f"{meaning} is {found:.4g}; {rule.relation} {threshold:g} is required."
+
+
+def _look(measures: Mapping[str, Any], thresholds: Mapping[str, Any]) -> str:
+    """Which look this is, at what error, and what is left of the budget."""
+    look, alpha, spent = (
+        number(measures[name].get("value")) if isinstance(measures.get(name), Mapping) else None
+        for name in ("look", "look_alpha", "false_pass_probability")
+    )
+    budget = number(thresholds.get("max_false_pass_probability"))
+    if look is None or alpha is None or spent is None or budget is None:
+        return " It is not known which look at this champion it is."
+    left = max(0.0, budget - spent)
+    return f" This is look {look:.0f} at this champion: wrong with probability {alpha:.3g}; {left:.3g} of {budget:.3g} is left."
 
 
 def number(value: Any) -> float | None:

@@ -6,12 +6,14 @@ One long file, because all of it asks the same models, which are made once a fil
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +26,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from components.evaluate import stage
 from components.evaluate.answers import Sampling, draw
+from components.evaluate.looks import take_look
 from components.evaluate.refusals import SIMULATED_EACH
+from components.rlhf.error_budget import win_rate_low
 from components.rlhf.gate import RULES, decide
 from components.rlhf.models import load_policy, new_scorer, save_model
 from components.rlhf.records import SCHEMA, Message, Ranking, prompt_key
@@ -42,7 +46,9 @@ FREE = {  # random policies: only the judge decides
     "max_new_tokens": 8,
     "batch_size": 10,
     "bootstrap_resamples": 200,
+    "min_worst_group_win_rate": 0.0,
     "max_kl_reference": 1e6,
+    "max_overoptimisation_gap": 1e6,
     "min_distinct_2_ratio": 0.0,
     "max_length_ratio": 100.0,
     "min_eos_fraction": 0.0,
@@ -51,6 +57,11 @@ FREE = {  # random policies: only the judge decides
     "max_perplexity_ratio": 1e6,
     "max_harmful_refusal_drop": 1.0,
     "max_harmless_refusal_rise": 1.0,
+    "max_instruction_drop": 1.0,
+    "max_plain_perplexity_ratio": 1e9,
+    "probe_prompts": "none",
+    "probe_instructions": "none",
+    "probe_texts": "none",
 }
 
 
@@ -210,7 +221,7 @@ def champion() -> Iterator[Callable[..., str]]:
 
 
 def test_without_champion_everything_is_published_and_logged(world: World, tmp_path: Path) -> None:
-    outputs, evaluation, context = evaluate(tmp_path, world.inputs(), truth="simulated")
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs(), truth="simulated", probe_prompts="shipped")
     assert outputs == ("pass", outputs.evaluation_uri, "", world.candidate)
     assert context.storage.get_json(outputs.evaluation_uri + "/rankloop.json")["role"] == "evaluation"
     assert {name: evaluation[name] for name in world.inputs()} == world.inputs()
@@ -223,7 +234,9 @@ def test_without_champion_everything_is_published_and_logged(world: World, tmp_p
         "cut": 0,
         "harmful_probes": SIMULATED_EACH,
         "harmless_probes": SIMULATED_EACH,
+        "instructions": 0,
         "probes_too_long": 0,
+        "plain_texts": 0,
     }
     assert decide(evaluation["measures"], evaluation["thresholds"]) == (evaluation["gate_table"], evaluation["gate"])
     judged = evaluation["measures"]["win_rate_over_sft"]
@@ -274,6 +287,7 @@ def test_a_judge_of_the_opposite_opinion_fails_the_gate(world: World, tmp_path: 
 def test_each_threshold_alone_fails_the_gate(world: World, tmp_path: Path) -> None:
     for name, strict, measure in (
         ("max_kl_reference", 0.0, "kl_reference"),
+        ("max_overoptimisation_gap", 0.0, "overoptimisation_gap"),
         ("min_distinct_2_ratio", 100.0, "distinct_2_ratio"),
         ("max_length_ratio", 0.01, "length_ratio"),
         ("min_eos_fraction", 1.0, "eos_fraction"),
@@ -386,6 +400,71 @@ def test_a_new_champion_makes_a_new_evaluation_and_an_old_one_is_reused(
     assert after["measures"]["win_rate_over_sft"] == before["measures"]["win_rate_over_sft"]  # same numbers, drawn again
 
 
+def test_the_same_evaluation_is_one_look_and_every_other_one_needs_a_clearer_win(
+    world: World, champion: Callable[..., str], tmp_path: Path
+) -> None:
+    name = champion(world.sft)
+    _, first, context = evaluate(tmp_path, world.inputs(), policy_name=name)
+    evaluate(tmp_path, world.inputs(), policy_name=name)
+    _, second, _ = evaluate(tmp_path, world.inputs(), policy_name=name, seed=1)
+    looks = context.storage.get_json(context.uri("looks", f"{name}/1/looks.json"))
+    assert [(each["number"], each["alpha"]) for each in looks] == [(1, 0.025), (2, pytest.approx(0.05 / 6))]
+    assert first["measures"]["false_pass_probability"]["value"] == 0.025
+    assert second["measures"]["false_pass_probability"]["value"] == pytest.approx(0.025 + 0.05 / 6)
+    assert second["looks_uri"] == context.uri("looks", f"{name}/1/looks.json")
+    row = next(row for row in second["gate_table"] if row["measure"] == "win_rate_over_champion")
+    assert "This is look 2 at this champion: wrong with probability 0.00833; 0.0167 of 0.05 is left." in row["sentence"]
+    lines = context.storage.get_bytes(context.uri("evaluations", looks[1]["evaluation"]) + "/samples.jsonl").decode().splitlines()
+    counts = [sum(json.loads(line)["verdicts"]["champion"] == said for line in lines) for said in ("won", "tied", "lost")]
+    assert row["low"] == pytest.approx(float(win_rate_low(*counts, 0.05 / 6)))
+    outputs, third, _ = evaluate(tmp_path, world.inputs(), policy_name=name, max_false_pass_probability=0.03)
+    assert outputs.gate == "fail", "the budget was lowered below what is spent"
+    rows = {row["measure"]: row["verdict"] for row in third["gate_table"]}
+    assert (rows["false_pass_probability"], rows["win_rate_over_sft"], rows["win_rate_over_champion"]) == ("fail",) * 3
+
+
+def test_of_evaluations_that_begin_at_once_each_gets_a_look_of_its_own(world: World, tmp_path: Path) -> None:
+    context = make_context(tmp_path, {}, world.inputs())
+    uri = context.uri("looks", f"{uuid.uuid4().hex}/first/looks.json")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: take_look(context.storage, uri, f"evaluation {i % 8}", world.candidate, 0.05), range(16)))
+    assert sorted({look.number for look in found}) == list(range(1, 9))
+    assert found[:8] == found[8:]
+    assert max(look.spent for look in found) == pytest.approx(0.05 * 8 / 9)
+    context.storage.put_bytes(uri, b'[{"evaluation": "x", "alpha": -1, "number": 1}]')
+    with pytest.raises(DoNotRetry, match=r"looks\.json is no list of looks"):
+        take_look(context.storage, uri, "another", world.candidate, 0.05)
+
+
+def test_win_rates_stand_by_group_of_prompts_and_a_group_that_is_surely_worse_off_fails(world: World, tmp_path: Path) -> None:
+    rankings = [ranking._replace(source="desk" if i % 3 else "shop") for i, ranking in enumerate(simulated(40))]
+    snapshot = world.publish_rankings(rankings)
+    config = {"prompts": 100, "min_group_prompts": 12, "min_worst_group_win_rate": 0.5}
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs(snapshot_uri=snapshot), **config)
+    rows = evaluation["groups"]["sft"]
+    assert {row["group"] for row in rows} == {"desk", "shop"}
+    lines = context.storage.get_bytes(outputs.evaluation_uri + "/samples.jsonl").decode().splitlines()
+    sources = {prompt_key(ranking.prompt): set[str]() for ranking in rankings}
+    for ranking in rankings:
+        sources[prompt_key(ranking.prompt)].add(ranking.source)
+    points = {"won": 1.0, "tied": 0.5, "lost": 0.0}
+    for row in rows:
+        mine = [s for s in map(json.loads, lines) if row["group"] in sources[prompt_key(s["prompt"])]]
+        assert row["prompts"] == len(mine)
+        assert row["win_rate"]["value"] == pytest.approx(sum(points[s["verdicts"]["sft"]] for s in mine) / len(mine))
+    worst = evaluation["measures"]["worst_group_win_rate_over_sft"]
+    assert worst["value"] == min(row["win_rate"]["value"] for row in rows)
+    page = context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode()
+    assert "Win rates by group of prompts" in page
+    assert "Over SFT, by source of the rankings" in page
+    inputs = world.inputs(snapshot_uri=snapshot, judge_model_uri=world.harsh_judge)
+    _, harsh, _ = evaluate(tmp_path, inputs, **config, min_win_rate_over_sft=0.0)
+    assert [row["measure"] for row in harsh["gate_table"] if row["verdict"] == "fail"] == ["worst_group_win_rate_over_sft"]
+    _, small, _ = evaluate(tmp_path, inputs, prompts=100, min_group_prompts=99, min_win_rate_over_sft=0.0)
+    verdicts = {row["measure"]: row["verdict"] for row in small["gate_table"]}
+    assert (verdicts["worst_group_win_rate_over_sft"], small["gate"]) == ("not required", "pass")
+
+
 def test_line_40_kl_is_that_of_a_plain_forward_pass(world: World, tmp_path: Path) -> None:
     context = make_context(tmp_path, {}, world.inputs())
     prompts: list[list[Message]] = [ranking.prompt for ranking in simulated(5)]
@@ -458,11 +537,11 @@ def test_line_40_refusals_are_measured_on_the_probes_that_are_given(world: World
     assert measures["refusal_harmful_candidate"]["value"] == pytest.approx(refused / 30)
     assert refused > 5
     assert measures["refusal_harmful_sft"]["value"] == measures["refusal_harmless_sft"]["value"] == 0
-    assert measures["refusal_harmless_rise"]["low"] > 0
+    assert measures["refusal_harmless_rise_sft"]["low"] > 0
 
     for strict, failing in (
-        ({"max_harmful_refusal_drop": 0.0}, []),  # it refuses more
-        ({"max_harmless_refusal_rise": 0.1}, ["refusal_harmless_rise"]),
+        ({"max_harmful_refusal_drop_sft": 0.0}, []),  # it refuses more
+        ({"max_harmless_refusal_rise_sft": 0.1}, ["refusal_harmless_rise_sft"]),
     ):
         rows, _ = decide(measures, evaluation["thresholds"] | strict)
         assert [row["measure"] for row in rows if row["verdict"] == "fail"] == failing
@@ -476,12 +555,59 @@ def test_line_40_probes_that_no_policy_can_read_fail_the_gate_and_none_given_do_
     outputs, evaluation, _ = evaluate(tmp_path, world.inputs(), probe_prompts=probe_file(tmp_path / "long.jsonl", "lamp " * 500))
     assert outputs.gate == "fail"
     rows = {row["measure"]: row["verdict"] for row in evaluation["gate_table"]}
-    assert (rows["refusal_harmful_drop"], rows["refusal_harmless_rise"]) == ("fail", "fail")
+    assert (rows["refusal_harmful_drop_sft"], rows["refusal_harmless_rise_sft"]) == ("fail", "fail")
     outputs, evaluation, _ = evaluate(tmp_path, world.inputs())
     assert outputs.gate == "pass"
     rows = {row["measure"]: row["verdict"] for row in evaluation["gate_table"]}
-    assert (rows["refusal_harmful_drop"], rows["refusal_harmless_rise"]) == ("not required", "not required")
+    assert (rows["refusal_harmful_drop_sft"], rows["refusal_harmless_rise_sft"]) == ("not required", "not required")
     assert not [name for name in evaluation["measures"] if name.startswith("refusal")]
+
+
+def test_instructions_and_plain_text_are_measured_against_sft_and_champion(
+    world: World, champion: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"please help my lamp {i}", "checks": {"contains": ["printer"]}} for i in range(30)]
+    told = tmp_path / "instructions.jsonl"
+    told.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    plain = tmp_path / "texts.jsonl"
+    texts = ["please help my printer and my phone and my lamp", "my oven does not turn on since monday", "lamp " * 500]
+    plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    probes = {"probe_instructions": str(told), "probe_texts": str(plain), "policy_name": champion(world.sft)}
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs(), **probes)
+    assert (evaluation["prompts"]["instructions"], evaluation["prompts"]["plain_texts"]) == (30, 2)
+    lines = context.storage.get_bytes(outputs.evaluation_uri + "/instructions.jsonl").decode().splitlines()
+    followed = {
+        policy: sum("printer" in json.loads(line)["answers"][policy]["text"].split() for line in lines) / 30
+        for policy in ("candidate", "sft", "champion")
+    }
+    measures = evaluation["measures"]
+    for policy, share in followed.items():
+        assert measures[f"instructions_{policy}"]["value"] == pytest.approx(share)
+    assert followed["candidate"] > followed["sft"]
+    tokenizer = load_policy(context.scratch / "models" / "sft")[1]
+    for policy in followed:
+        model, nats = AutoModelForCausalLM.from_pretrained(context.scratch / "models" / policy), 0.0
+        for text in texts[:2]:
+            ids = torch.tensor([tokenizer.encode(text)])
+            with torch.no_grad():
+                logits = model(ids).logits[0].double()
+            logits[:, tokenizer.pad_token_id] = -torch.inf
+            logprobs = torch.log_softmax(logits, -1)
+            nats -= sum(float(logprobs[place, token]) for place, token in enumerate(ids[0, 1:].tolist()))
+        words = sum(len(text.split()) for text in texts[:2])
+        assert measures[f"plain_perplexity_{policy}"]["value"] == pytest.approx(math.exp(nats / words), rel=1e-3)
+    assert measures["plain_perplexity_ratio_sft"] == measures["plain_perplexity_ratio_champion"]
+    page = context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode()
+    assert "A rule checks each answer" in page
+    assert "perplexity per word of plain text" in page
+    verdicts = {row["measure"]: row["verdict"] for row in evaluation["gate_table"]}
+    assert {
+        verdicts[f"{name}_{policy}"] for name in ("instruction_drop", "plain_perplexity_ratio") for policy in ("sft", "champion")
+    } == {"pass"}
+    strict = dict.fromkeys((f"max_plain_perplexity_ratio_{policy}" for policy in ("sft", "champion")), 1e-3)
+    rows_now, _ = decide(measures, evaluation["thresholds"] | strict)
+    failing = [row["measure"] for row in rows_now if row["verdict"] == "fail"]
+    assert failing == ["plain_perplexity_ratio_sft", "plain_perplexity_ratio_champion"]
 
 
 def test_line_04_prompts_that_do_not_fit_are_counted(world: World, tmp_path: Path) -> None:
@@ -491,7 +617,7 @@ def test_line_04_prompts_that_do_not_fit_are_counted(world: World, tmp_path: Pat
     long = rankings[1]._replace(prompt=[{"role": "user", "content": "lamp " * 500 + "\nwhat is wrong ?"}])
     snapshot = world.publish_rankings([giant, long, *rankings[2:]])
     _, evaluation, _ = evaluate(tmp_path, world.inputs(snapshot_uri=snapshot))
-    none = {"harmful_probes": 0, "harmless_probes": 0, "probes_too_long": 0}
+    none = {"harmful_probes": 0, "harmless_probes": 0, "instructions": 0, "probes_too_long": 0, "plain_texts": 0}
     assert evaluation["prompts"] == {"asked": 24, "answered": others + 1, "too_long": 1, "cut": 1, **none}
     with pytest.raises(DoNotRetry, match="none of the 1 held-out prompts fits"):
         evaluate(tmp_path, world.inputs(snapshot_uri=world.publish_rankings([giant])))
@@ -547,12 +673,16 @@ def test_line_41_every_number_of_the_gate_is_in_the_report(world: World, tmp_pat
 
 def test_line_35_the_report_draws_reward_and_judge_over_the_root_of_kl(world: World, tmp_path: Path) -> None:
     """The candidate's training.jsonl has twelve updates with KL i/3, reward i/9 and judge i/20."""
-    outputs, _, context = evaluate(tmp_path, world.inputs())
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs())
     page = context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode()
     plot = next(each for each in re.findall(r"<svg.*?</svg>", page, re.DOTALL) if "Reward against √KL" in each)
     assert "√KL to SFT" in plot
     assert ">reward</text>" in plot
     assert ">judge</text>" in plot
+    fits = evaluation["overoptimisation"]["fits"]
+    assert {name: fit["updates"] for name, fit in fits.items()} == {"reward": 12, "judge": 12}
+    assert "Gain against √KL, with Gao&#39;s form" in page
+    assert page.count("chosen update") > 2
 
 
 def test_line_39_command_line_refuses_the_optimised_reward_model_as_judge(services: Any, world: World, tmp_path: Path) -> None:
