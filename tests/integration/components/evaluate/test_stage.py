@@ -305,9 +305,9 @@ def test_each_threshold_alone_fails_the_gate(world: World, tmp_path: Path) -> No
 def test_a_reward_model_that_claims_what_the_judge_does_not_see_fails_the_gate(world: World, tmp_path: Path) -> None:
     inputs = world.inputs(judge_model_uri=world.harsh_judge)
     _, free, _ = evaluate(tmp_path, inputs)
-    _, strict, _ = evaluate(tmp_path, inputs, max_overoptimisation_gap=1.0)
+    _, strict, _ = evaluate(tmp_path, inputs, max_overoptimisation_gap=0.1)
     assert strict["measures"]["overoptimisation_gap"] == free["measures"]["overoptimisation_gap"]
-    assert strict["measures"]["overoptimisation_gap"]["low"] > 1
+    assert strict["measures"]["overoptimisation_gap"]["low"] > 0.1
     failed = [{row["measure"] for row in each["gate_table"] if row["verdict"] == "fail"} for each in (free, strict)]
     assert failed[1] - failed[0] == {"overoptimisation_gap"}
 
@@ -575,7 +575,7 @@ def test_line_40_probes_that_no_policy_can_read_fail_the_gate_and_none_given_do_
 def test_instructions_and_plain_text_are_measured_against_sft_and_champion(
     world: World, champion: Callable[..., str], tmp_path: Path
 ) -> None:
-    rows = [{"prompt": f"please help my lamp {i}", "checks": {"starts_with": "please"}} for i in range(30)]
+    rows = [{"prompt": f"please help my lamp {i}", "checks": {"contains": ["my"]}} for i in range(30)]
     told = tmp_path / "instructions.jsonl"
     told.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     plain = tmp_path / "texts.jsonl"
@@ -586,7 +586,7 @@ def test_instructions_and_plain_text_are_measured_against_sft_and_champion(
     assert (evaluation["prompts"]["instructions"], evaluation["prompts"]["plain_texts"]) == (30, 2)
     lines = context.storage.get_bytes(outputs.evaluation_uri + "/instructions.jsonl").decode().splitlines()
     followed = {
-        policy: sum(json.loads(line)["answers"][policy]["text"].lower().split()[:1] == ["please"] for line in lines) / 30
+        policy: sum("my" in re.findall(r"\w+", json.loads(line)["answers"][policy]["text"]) for line in lines) / 30
         for policy in ("candidate", "sft", "champion")
     }
     measures = evaluation["measures"]
