@@ -3,8 +3,8 @@
     <root>/looks/<policy>/<version of the champion, or "first">/looks.json
 
 Before there is a champion, all evaluations of a policy share the place "first", whatever SFT they start from. A look is written
-down before anything is drawn, so that a result that somebody did not like cannot be forgotten. The same evaluation, by its key, is
-one look, however often it is retried. Deleting the file forgets what was spent.
+down before anything is measured, so that a result that somebody did not like cannot be forgotten. The same evaluation, by its key,
+is one look, however often it is retried. Deleting the file forgets what was spent.
 """
 
 from __future__ import annotations

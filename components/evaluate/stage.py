@@ -21,17 +21,26 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from components.evaluate.answers import Sampling, choose_prompts, draw, first_ranked, read_training, score_all
+from components.evaluate.answers import Drawn, Sampling, choose_prompts, draw, first_ranked, read_training, score_all
 from components.evaluate.champion import find_champion
 from components.evaluate.choice import choose, divide
 from components.evaluate.groups import GroupBy, groups_of, measure_groups
 from components.evaluate.instructions import Instruction, instruction_records
 from components.evaluate.looks import take_look
-from components.evaluate.measures import measure, measure_look, measure_perplexity, measure_refusals, sample_record
+from components.evaluate.measures import (
+    Answer,
+    Measures,
+    measure,
+    measure_look,
+    measure_perplexity,
+    measure_refusals,
+    sample_record,
+)
 from components.evaluate.overoptimisation import deviations_of, fit_training, measure_gap
 from components.evaluate.probe_sets import find_probes, measure_instructions, measure_plain_text
 from components.evaluate.refusals import Probe, probe_records
 from components.evaluate.report import evaluation_page
+from components.rlhf.error_budget import Look
 from components.rlhf.gate import decide
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.report_page import SIMULATED
@@ -155,7 +164,7 @@ class Outputs(NamedTuple):
 
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
-    """1. find champion and probes, take a look; 2. choose of two, draw answers; 3. score; 4. decide; 5. publish; 6. log."""
+    """1. find champion and probes; 2. choose if there are two candidates, draw answers; 3. score; 4. decide; 5. publish; 6. log."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if inputs.judge_model_uri == inputs.reward_model_uri:
@@ -183,8 +192,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         return _log_results(context, evaluation, uri, folder)
 
     looks_uri = context.uri("looks", f"{config.policy_name}/{champion.version if champion else 'first'}/looks.json")
-    look = take_look(context.storage, looks_uri, key, inputs.candidate_uri, config.max_false_pass_probability)
-    _log.info("look %d at this champion, at an error of %.3g (%s)", look.number, look.alpha, looks_uri)
 
     # 2. The better of two candidates; then answers of the candidate, of SFT, and of the champion if it is another policy.
     snapshot = context.scratch / "snapshot"
@@ -225,19 +232,16 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         scorers["true"] = ""
     answers = score_all(context, scorers, prompts, drawn, sampling)
 
-    # 4. Measures and gate.
-    seed, resamples = config.seed, config.bootstrap_resamples
+    # 4. Measures and gate. The look is taken before anything is known that somebody might not like.
+    look = take_look(context.storage, looks_uri, key, candidate_uri, config.max_false_pass_probability)
+    _log.info("look %d at this champion, at an error of %.3g (%s)", look.number, look.alpha, looks_uri)
     probed = probe_records(refusals, refusal_answers, config.refusal_phrases)
     instructed = instruction_records(instructions, instruction_answers)
-    measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples, look.alpha) | measure_look(look)
-    measures |= measure_perplexity(drawn.answers_read, drawn.texts_read, seed, resamples) | measure_refusals(probed)
-    measures |= measure_instructions(instructed)
-    if probes.texts:
-        measures |= measure_plain_text(drawn.plain_read, seed, resamples)
     groups = groups_of(iterate_snapshot(snapshot, "test"), [prompts[i] for i in used], config.group_by)
-    by_group, tables = measure_groups(answers, groups, config.min_group_prompts, seed, resamples)
-    measures |= by_group
-    measures |= measure_gap(answers["candidate"], answers["sft"], seed, resamples)
+    by_group, tables = measure_groups(answers, groups, config.min_group_prompts, config.seed, config.bootstrap_resamples)
+    measures = measure_all(config, look, drawn, answers) | measure_refusals(probed) | measure_instructions(instructed) | by_group
+    if probes.texts:
+        measures |= measure_plain_text(drawn.plain_read, config.seed, config.bootstrap_resamples)
     training = read_training(context.scratch / "models" / "candidate")
     deviations = deviations_of(answers["sft"])
     present = {"champion": champion, "groups": by_group, **probes._asdict()}
@@ -271,6 +275,15 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     facts = {"gate": gate, "champion": champion._asdict() if champion else None, "parents": inputs.model_dump(mode="json")}
     context.storage.publish_folder(folder, uri, context.marker("evaluation", **facts))
     return _log_results(context, evaluation, uri, folder)
+
+
+def measure_all(config: Config, look: Look, drawn: Drawn, answers: Mapping[str, Sequence[Answer]]) -> Measures:
+    """What is measured of the answers to the held-out prompts, and of the texts that the policies read."""
+    seed, resamples = config.seed, config.bootstrap_resamples
+    measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples, look.alpha) | measure_look(look)
+    measures |= measure_perplexity(drawn.answers_read, drawn.texts_read, seed, resamples)
+    measures |= measure_gap(answers["candidate"], answers["sft"], seed, resamples)
+    return measures
 
 
 def same_policy(uri: str, other: str) -> bool:

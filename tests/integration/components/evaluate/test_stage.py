@@ -287,7 +287,6 @@ def test_a_judge_of_the_opposite_opinion_fails_the_gate(world: World, tmp_path: 
 def test_each_threshold_alone_fails_the_gate(world: World, tmp_path: Path) -> None:
     for name, strict, measure in (
         ("max_kl_reference", 0.0, "kl_reference"),
-        ("max_overoptimisation_gap", 0.0, "overoptimisation_gap"),
         ("min_distinct_2_ratio", 100.0, "distinct_2_ratio"),
         ("max_length_ratio", 0.01, "length_ratio"),
         ("min_eos_fraction", 1.0, "eos_fraction"),
@@ -301,6 +300,16 @@ def test_each_threshold_alone_fails_the_gate(world: World, tmp_path: Path) -> No
     assert outputs.gate == "fail"
     failed = [row["measure"] for row in evaluation["gate_table"] if row["verdict"] == "fail"]
     assert failed == ["dissimilarity_ratio", "answer_perplexity_ratio", "perplexity_ratio"]
+
+
+def test_a_reward_model_that_claims_what_the_judge_does_not_see_fails_the_gate(world: World, tmp_path: Path) -> None:
+    inputs = world.inputs(judge_model_uri=world.harsh_judge)
+    _, free, _ = evaluate(tmp_path, inputs)
+    _, strict, _ = evaluate(tmp_path, inputs, max_overoptimisation_gap=0.1)
+    assert strict["measures"]["overoptimisation_gap"] == free["measures"]["overoptimisation_gap"]
+    assert strict["measures"]["overoptimisation_gap"]["low"] > 0.1
+    failed = [{row["measure"] for row in each["gate_table"] if row["verdict"] == "fail"} for each in (free, strict)]
+    assert failed[1] - failed[0] == {"overoptimisation_gap"}
 
 
 def test_line_38_a_challenger_must_beat_the_champion(world: World, champion: Callable[..., str], tmp_path: Path) -> None:
@@ -458,11 +467,11 @@ def test_win_rates_stand_by_group_of_prompts_and_a_group_that_is_surely_worse_of
     assert "Win rates by group of prompts" in page
     assert "Over SFT, by source of the rankings" in page
     inputs = world.inputs(snapshot_uri=snapshot, judge_model_uri=world.harsh_judge)
-    _, harsh, _ = evaluate(tmp_path, inputs, **config, min_win_rate_over_sft=0.0)
-    assert [row["measure"] for row in harsh["gate_table"] if row["verdict"] == "fail"] == ["worst_group_win_rate_over_sft"]
-    _, small, _ = evaluate(tmp_path, inputs, prompts=100, min_group_prompts=99, min_win_rate_over_sft=0.0)
-    verdicts = {row["measure"]: row["verdict"] for row in small["gate_table"]}
-    assert (verdicts["worst_group_win_rate_over_sft"], small["gate"]) == ("not required", "pass")
+    verdicts = []
+    for least in (12, 99):
+        _, harsh, _ = evaluate(tmp_path, inputs, **config | {"min_group_prompts": least})
+        verdicts += [row["verdict"] for row in harsh["gate_table"] if row["measure"] == "worst_group_win_rate_over_sft"]
+    assert verdicts == ["fail", "not required"]
 
 
 def test_line_40_kl_is_that_of_a_plain_forward_pass(world: World, tmp_path: Path) -> None:
@@ -566,7 +575,7 @@ def test_line_40_probes_that_no_policy_can_read_fail_the_gate_and_none_given_do_
 def test_instructions_and_plain_text_are_measured_against_sft_and_champion(
     world: World, champion: Callable[..., str], tmp_path: Path
 ) -> None:
-    rows = [{"prompt": f"please help my lamp {i}", "checks": {"contains": ["printer"]}} for i in range(30)]
+    rows = [{"prompt": f"please help my lamp {i}", "checks": {"contains": ["my"]}} for i in range(30)]
     told = tmp_path / "instructions.jsonl"
     told.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     plain = tmp_path / "texts.jsonl"
@@ -577,7 +586,7 @@ def test_instructions_and_plain_text_are_measured_against_sft_and_champion(
     assert (evaluation["prompts"]["instructions"], evaluation["prompts"]["plain_texts"]) == (30, 2)
     lines = context.storage.get_bytes(outputs.evaluation_uri + "/instructions.jsonl").decode().splitlines()
     followed = {
-        policy: sum("printer" in json.loads(line)["answers"][policy]["text"].split() for line in lines) / 30
+        policy: sum("my" in re.findall(r"\w+", json.loads(line)["answers"][policy]["text"]) for line in lines) / 30
         for policy in ("candidate", "sft", "champion")
     }
     measures = evaluation["measures"]
