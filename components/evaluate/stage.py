@@ -24,6 +24,8 @@ from pydantic import Field
 from components.evaluate.answers import Sampling, choose_prompts, draw, first_ranked, read_training, score_all
 from components.evaluate.champion import find_champion
 from components.evaluate.choice import choose, divide
+from components.evaluate.judges.judge import RECORDS, find_labels, judge_all
+from components.evaluate.judges.settings import JudgeSettings
 from components.evaluate.measures import measure, measure_perplexity, measure_refusals, sample_record
 from components.evaluate.refusals import Probe, probe_records, read_probes, simulated_probes
 from components.evaluate.report import evaluation_page
@@ -36,8 +38,8 @@ from components.services.launch import Context, Settings, json_digest
 _log = logging.getLogger(__name__)
 
 
-class Config(Settings):
-    RUNTIME_ONLY = frozenset({"threads"})
+class Config(JudgeSettings):
+    RUNTIME_ONLY = JudgeSettings.RUNTIME_ONLY | {"threads"}
 
     prompts: int = Field(256, ge=2)
     """Held-out prompts to answer, at most; each policy answers each once."""
@@ -121,13 +123,14 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
             "give evaluate the judge_model_uri that train_reward_model made",
         )
 
-    # 1. The champion and the probes' content are no inputs, but part of what is evaluated: the folder's name depends on them.
+    # 1. Champion, probes and labels are no inputs, but part of what is evaluated: the folder's name depends on their content.
     champion = find_champion(config.policy_name)
     if champion and not inputs.rival_uri and same_policy(champion.uri, inputs.candidate_uri):
         _log.info("the candidate is the champion, version %s: it has nobody to beat", champion.version)
         champion = None
     probes = find_probes(config, context)
-    uri = context.uri("evaluations", json_digest([context.key, champion, probes])[:32])
+    labels, labels_digest = find_labels(config, context)
+    uri = context.uri("evaluations", json_digest([context.key, champion, probes, labels_digest])[:32])
     folder = context.scratch / "evaluation"
     if context.storage.is_published(uri):
         _log.info("this very evaluation is published already: %s", uri)
@@ -176,6 +179,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     probed = probe_records(drawn.probes, drawn.probe_answers, config.refusal_phrases)
     measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples)
     measures |= measure_perplexity(drawn.answers_read, drawn.texts_read, seed, resamples) | measure_refusals(probed)
+    asked = [prompts[i] for i in used]
+    measures, judges = judge_all(config, context, folder, uri, asked, answers, labels, measures, seed, resamples)
     thresholds = thresholds_of(config, compared=champion is not None, probed=bool(probes))
     table, gate = decide(measures, thresholds)
     evaluation = {
@@ -188,6 +193,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         "simulated": config.truth == "simulated" or SIMULATED in sources,
         "prompts": counts,
         "measures": measures,
+        "judges": judges,
         "thresholds": thresholds,
         "gate_table": table,
         "gate": gate,
@@ -195,7 +201,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     }
 
     # 5. Publish.
-    records = [sample_record(prompts[i], {policy: given[row] for policy, given in answers.items()}) for row, i in enumerate(used)]
+    records = [sample_record(each, {policy: given[row] for policy, given in answers.items()}) for row, each in enumerate(asked)]
     training = read_training(context.scratch / "models" / "candidate")
     write_folder(folder, evaluation, records, probed, training)
     facts = {"gate": gate, "champion": champion._asdict() if champion else None, "parents": inputs.model_dump(mode="json")}
@@ -253,10 +259,10 @@ def _log_results(context: Context, evaluation: Mapping[str, Any], uri: str, fold
     """Sends numbers, samples and report to MLflow, and fills the stage's line."""
     measures = evaluation["measures"]
     for name, estimate in measures.items():
-        ends = {name if end == "value" else f"{name}_{end}": value for end, value in estimate.items()}
+        ends = {name if end == "value" else f"{name}_{end}": estimate[end] for end in ("value", "low", "high")}
         context.tracker.metrics({key: value for key, value in ends.items() if value is not None})
     context.tracker.tags({"rankloop.gate": evaluation["gate"], "rankloop.champion_version": evaluation["champion_version"]})
-    for name in ("evaluation.json", "samples.jsonl", "probes.jsonl"):
+    for name in ("evaluation.json", "samples.jsonl", "probes.jsonl", RECORDS):
         context.tracker.artifact(folder / name)
     context.publish_html(folder / "report.html")
     context.summary["gate"] = evaluation["gate"]

@@ -83,6 +83,8 @@ def _row(rule: Rule, measure: Any, thresholds: Mapping[str, Any]) -> dict[str, A
     numbers = {end: number(measure.get(end)) if isinstance(measure, Mapping) else None for end in ("value", "low", "high")}
     threshold = number(thresholds.get(rule.threshold))
     verdict, sentence = _verdict(rule, numbers[rule.end], threshold, thresholds)
+    if numbers[rule.end] is None and isinstance(measure, Mapping) and isinstance(measure.get("missing"), str):
+        sentence += f" {measure['missing']}"  # why, and what to do
     return {
         "measure": rule.measure,
         **numbers,
