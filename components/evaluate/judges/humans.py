@@ -141,7 +141,7 @@ def _labels(annotations: Sequence[Any]) -> tuple[list[Label], int]:
             continue
         else:
             label = Label(name, verdict)
-        when = str(annotation.get("created_at") or "")
+        when = str(annotation.get("updated_at") or annotation.get("created_at") or "")
         if place not in last or last[place][0] <= when:
             last[place] = (when, label)
     return [label for _, label in last.values()], bad

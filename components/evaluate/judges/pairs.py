@@ -92,17 +92,22 @@ def win_rates(
         others = [row for row in rows if row[1] is not SAME_TEXT]
         asked = sum(judgement.asked for _, judgement in others) / len(others) if others else 1.0
         counted = [*others, *same[: round(asked * len(same))]]
-        judged = [(judgement.outcome, pair.longer_tokens) for pair, judgement in counted if judgement.outcome is not None]
-        silent = [pair.longer_tokens for pair, judgement in rows if judgement.outcome is None and judgement.asked]
-        counts[over] = {"pairs": len(rows), "judged": len(judged), "silent": len(silent)}
-        if not judged or len(judged) < min_judged_fraction * len(rows):
+        longer = [pair.longer_tokens for pair, judgement in counted if judgement.outcome is not None or judgement.asked]
+        outcomes = [judgement.outcome for _, judgement in counted if judgement.outcome is not None or judgement.asked]
+        silent = outcomes.count(None)
+        judged = len(outcomes) - silent
+        counts[over] = {"pairs": len(rows), "judged": judged, "silent": silent}
+        if not judged or judged < min_judged_fraction * len(rows):
             rates[over] = (UNKNOWN, UNKNOWN)
             continue
-        known, longer = [outcome for outcome, _ in judged], [length for _, length in judged]
-        alone = _rates(known, longer, seed, resamples)
-        lost, won = (_rates([*known, *[each] * len(silent)], [*longer, *silent], seed, resamples) for each in (0.0, 1.0))
+        known = [(outcome, length) for outcome, length in zip(outcomes, longer, strict=True) if outcome is not None]
+        alone = _rates([outcome for outcome, _ in known], [length for _, length in known], seed, resamples)
+        lost, won = (
+            _rates([filled if outcome is None else outcome for outcome in outcomes], longer, seed, resamples)
+            for filled in (0.0, 1.0)
+        )
         raw, controlled = (
-            Estimate(middle.value, min(low.low, middle.low), max(high.high, middle.high))
+            Estimate(middle.value, min(low.low, middle.value), max(high.high, middle.value))
             for low, middle, high in zip(lost, alone, won, strict=True)
         )
         rates[over] = (raw, controlled)

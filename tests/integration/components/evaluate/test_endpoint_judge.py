@@ -18,10 +18,14 @@ import torch
 
 from components.evaluate import stage
 from components.evaluate.judges.endpoint import judge_by_endpoint, request_of
-from components.evaluate.judges.judge import position_bias
+from components.evaluate.judges.humans import Labels
+from components.evaluate.judges.judge import RECORDS, judge_all, position_bias
 from components.evaluate.judges.pairs import Pair
+from components.evaluate.judges.report import judge_sections
+from components.evaluate.measures import Answer
 from components.rlhf.models import save_model
 from components.rlhf.scratch_model import new_model, train_tokenizer
+from components.rlhf.statistics import Estimate, as_json
 from components.services.exits import DoNotRetry, Retry
 from components.services.launch import Context
 from pipelines.local_services import free_ports
@@ -98,7 +102,7 @@ def test_a_real_server_that_always_says_a_is_found_out_and_asked_once(
 def test_a_real_server_refuses_another_path_in_one_line(services: Any, always_a: tuple[str, str], tmp_path: Path) -> None:
     url, name = always_a
     config = endpoint(url.removesuffix("/v1") + "/v2", endpoint_model=name)
-    with pytest.raises(DoNotRetry, match=r"the judge .* at http://127\.0\.0\.1:\d+/v2 refuses with status 404: .*Not Found"):
+    with pytest.raises(DoNotRetry, match=r"the judge .* at http://127\.0\.0\.1:\d+/v2 refuses with status 404"):
         judge_by_endpoint(PAIRS, config, context_of(config, tmp_path))
 
 
@@ -115,7 +119,9 @@ class Asked:
 
 
 @contextmanager
-def failing_server(answer: Callable[[int, dict[str, Any]], tuple[int, dict[str, str], bytes] | None]) -> Iterator[tuple[str, Asked]]:
+def failing_server(
+    answer: Callable[[int, dict[str, Any]], tuple[int, dict[str, str], bytes] | None],
+) -> Iterator[tuple[str, Asked]]:
     """A small HTTP server, no model: `answer(number of the request, body)` gives status, headers and body; None cuts the line."""
     asked, lock = Asked(), threading.Lock()
 
@@ -260,3 +266,37 @@ def test_equal_texts_and_a_server_that_counts_no_tokens(services: Any, tmp_path:
     assert len(asked.bodies) == 2, "equal texts tie without being asked"
     assert facts["tokens"] == sum(len(body["messages"][0]["content"].encode()) + 4 for body in asked.bodies)
     assert asked.bodies[0]["temperature"] == 0
+
+
+def test_the_win_rates_of_the_endpoint_are_read_by_the_gate_and_shown(services: Any, tmp_path: Path) -> None:
+    prompts = [[{"role": "user", "content": pair.question}] for pair in PAIRS]
+    answers = {
+        "candidate": [Answer(pair.ours, 5, True, {}) for pair in PAIRS],
+        "sft": [Answer(pair.theirs, 6, True, {}) for pair in PAIRS],
+        "champion": [Answer(pair.ours if pair.row else pair.theirs, 5, True, {}) for pair in PAIRS],
+    }
+    by_reward_model = {f"win_rate_over_{over}": as_json(Estimate(0.6, 0.5, 0.7)) for over in ("sft", "champion")}
+    by_reward_model |= {f"{name}_length_controlled": rate for name, rate in by_reward_model.items()}
+    with failing_server(lambda number, body: honest(body)) as (url, asked):
+        config = endpoint(url, judges=["reward_model", "endpoint"])
+        context = context_of(config, tmp_path)
+        folder = context.scratch / "evaluation"
+        measures, facts = judge_all(
+            config, context, folder, "s3://b/e", prompts, answers, Labels({}, 0), by_reward_model, seed=0, resamples=100
+        )
+    assert measures["win_rate_over_sft"]["value"] == 1.0
+    assert measures["win_rate_over_champion"]["value"] == 5 / 8, "one won, three of equal text"
+    assert measures["win_rate_over_sft_reward_model"]["value"] == 0.6
+    assert 0 < measures["win_rate_over_sft_length_controlled"]["low"] <= measures["win_rate_over_sft_length_controlled"]["value"]
+    assert measures["order_changes_verdict_endpoint"]["value"] == 0.0
+    assert facts["endpoint"]["over"]["champion"] == {"pairs": 4, "judged": 4, "silent": 0}
+    assert len(asked.times) == 8, "the same pair over SFT and champion is asked once"
+    lines = [json.loads(line) for line in (folder / RECORDS).read_text(encoding="utf-8").splitlines()]
+    assert [(line["prompt"], line["over"], line["outcome"]) for line in lines[:3]] == [
+        (0, "sft", 1.0),
+        (0, "champion", 1.0),
+        (1, "sft", 1.0),
+    ]
+    (section,) = judge_sections({"config": context.config, "measures": measures, "judges": facts})
+    rates = [row for row in section.tables[0].rows if row[:3] == ["SFT", "endpoint", True]]
+    assert rates[0][3] == "1 (0.51 to 1)"
