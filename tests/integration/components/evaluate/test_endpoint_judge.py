@@ -205,7 +205,7 @@ def test_the_key_is_sent_from_the_environment_and_a_wrong_one_ends_it(
     with failing_server(lambda number, body: (401, {}, b'{"error": {"message": "no such key"}}')) as (url, asked):
         config = endpoint(url, endpoint_key_variable="TEST_JUDGE_KEY")
         context = context_of(config, tmp_path)
-        with pytest.raises(DoNotRetry, match="variable TEST_JUDGE_KEY.*is not set"):
+        with pytest.raises(DoNotRetry, match=r"variable TEST_JUDGE_KEY.*is not set"):
             judge_by_endpoint(PAIRS, config, context)
         assert not asked.times
         monkeypatch.setenv("TEST_JUDGE_KEY", "sesame")
@@ -219,7 +219,7 @@ def test_the_key_is_sent_from_the_environment_and_a_wrong_one_ends_it(
 
 def test_something_else_than_a_completion_ends_it(services: Any, tmp_path: Path) -> None:
     for data in (b"<html>hello</html>", b'{"choices": []}', b"[1]", b'{"choices": [{"message": {"content": 3}}]}'):
-        with failing_server(lambda number, body, data=data: (200, {}, data)) as (url, _):  # type: ignore[misc]
+        with failing_server(lambda number, body, data=data: (200, {}, data)) as (url, _):
             config = endpoint(url)
             with pytest.raises(DoNotRetry, match="replies with something else than a chat completion"):
                 judge_by_endpoint(PAIRS, config, context_of(config, tmp_path))

@@ -89,7 +89,8 @@ def test_verdicts_come_back_whichever_side_the_candidate_stood(tmp_path: Path) -
     assert len(votes.item_N) == 40
 
 
-# As Label Studio 1.23.2 exported them, after tasks and configuration were imported and labelled through its API.
+# As Label Studio 1.23.2 exported them (fields that nobody reads left out), after tasks and configuration were imported and labelled
+# through its API.
 REAL = [
     {
         "id": 1,
@@ -147,10 +148,10 @@ REAL = [
                     }
                 ],
                 "was_cancelled": False,
-                "created_at": "2026-11-25T22:31:34.012745Z",
+                "created_at": "2026-11-25T22:31:34.035786Z",
             }
         ],
-        "data": {"prompt": "What is 2 and <b>2</b>?", "answer1": "It is 4.", "answer2": "I do not know."},
+        "data": {"prompt": "What is 2 and <b>2</b>?", "answer1": "I do not know.", "answer2": "It is 4."},
     },
     {
         "id": 4,
@@ -162,17 +163,17 @@ REAL = [
     {
         "id": 5,
         "annotations": [],
-        "data": {"prompt": "What is 4 and <b>4</b>?", "answer1": "I do not know.", "answer2": "It is 8."},
+        "data": {"prompt": "What is 4 and <b>4</b>?", "answer1": "It is 8.", "answer2": "I do not know."},
     },
 ]
 
 
 def test_a_real_export_is_read(tmp_path: Path) -> None:
     pairs = [Pair(i, "sft", f"What is {i} and <b>{i}</b>?", f"It is {2 * i}.", "I do not know.", 0) for i in (0, 2, 3, 4)]
-    assert [task_of(pair, 0)[0]["answer1"] for pair in pairs] == [task["data"]["answer1"] for task in REAL]  # type: ignore[index]
+    assert [task_of(pair, 0)[0]["answer1"] for pair in pairs] == [task["data"]["answer1"] for task in REAL]
     judgements, _, counts = judge_by_humans(pairs, read(tmp_path, REAL), 0)
     assert [(each.outcome, each.asked) for each in judgements] == [(1.0, True), (0.5, True), (None, True), (None, False)]
-    assert judgements[0].details["task"] == REAL[0]["data"]["task"]  # type: ignore[index]
+    assert judgements[0].details["task"] == REAL[0]["data"]["task"]
     assert counts == {"raters": 1, "labels": 2, "foreign_tasks": 0, "unreadable_annotations": 0}
 
 
@@ -189,7 +190,7 @@ def test_several_raters_ties_cancelled_and_unreadable_annotations(tmp_path: Path
             annotation(5, better(four, True), tie()),  # says two things
             annotation(5),  # says nothing
             annotation(5, tie("hardly")),
-            "no annotation",  # type: ignore[arg-type]
+            "no annotation",
         ),
         {"id": 9, "data": {"prompt": "another", "answer1": "x", "answer2": "y"}, "annotations": [annotation(4, tie())]},
     ]

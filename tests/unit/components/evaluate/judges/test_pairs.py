@@ -116,7 +116,7 @@ def test_pairs_come_prompt_after_prompt() -> None:
         "sft": [answer("s0", 3), answer("s1", 9)],
         "champion": [answer("x0", 5), answer("x1", 1)],
     }
-    pairs = pairs_of([[{"role": "user", "content": "One"}], turns], answers)  # type: ignore[list-item]
+    pairs = pairs_of([[{"role": "user", "content": "One"}], turns], answers)
     assert [(pair.row, pair.over, pair.theirs, pair.longer_tokens) for pair in pairs] == [
         (0, "sft", "s0", 2),
         (0, "champion", "x0", 0),
@@ -124,7 +124,7 @@ def test_pairs_come_prompt_after_prompt() -> None:
         (1, "champion", "x1", 3),
     ]
     assert pairs[0].question == "One"
-    assert pairs[2].question == conversation(turns) == "user: Hi\nassistant: Hello\nuser: Bye"  # type: ignore[arg-type]
+    assert pairs[2].question == conversation(turns) == "user: Hi\nassistant: Hello\nuser: Bye"
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,6 @@ def test_settings_that_do_not_fit_are_refused(values: dict[str, Any], said: str)
 
 
 def test_a_key_in_the_place_of_its_variables_name_is_refused_and_not_shown() -> None:
-    with pytest.raises(DoNotRetry, match="evaluate.endpoint_key_variable: ") as caught:
+    with pytest.raises(DoNotRetry, match=r"evaluate\.endpoint_key_variable: ") as caught:
         parse_settings(JudgeSettings, {"endpoint_key_variable": "sk-secret"}, "evaluate")
     assert "sk-secret" not in str(caught.value)
