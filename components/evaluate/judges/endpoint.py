@@ -110,7 +110,10 @@ def judge_by_endpoint(pairs: Sequence[Pair], config: JudgeSettings, context: Con
         )
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request
     spent = Spent()
-    judgements = asyncio.run(_judge_all(pairs, config, context, key, spent))
+    different = list({_texts(pair): pair for pair in pairs}.values())  # two policies may have given the same answer
+    found = asyncio.run(_judge_all(different, config, context, key, spent))
+    by_texts = dict(zip(map(_texts, different), found, strict=True))
+    judgements = [by_texts[_texts(pair)] for pair in pairs]
     refused = [each.details["replies"] for each in judgements if each.outcome is None and each.asked]
     if refused and not any(each.outcome is not None and each is not SAME_TEXT for each in judgements):
         _log.warning("the endpoint gave no verdict at all; the first replies: %s", _shown(str(refused[0])))
@@ -122,6 +125,10 @@ def judge_by_endpoint(pairs: Sequence[Pair], config: JudgeSettings, context: Con
         )
     facts = {"requests": spent.requests, "tokens": spent.tokens, "kept_replies": spent.kept, "budget_reached": unasked > 0}
     return judgements, facts
+
+
+def _texts(pair: Pair) -> tuple[str, str, str]:
+    return pair.question, pair.ours, pair.theirs
 
 
 async def _judge_all(pairs: Sequence[Pair], config: JudgeSettings, context: Context, key: str, spent: Spent) -> list[Judgement]:

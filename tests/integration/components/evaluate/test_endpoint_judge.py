@@ -4,6 +4,7 @@ against a server written here that fails as real ones do."""
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 import uuid
@@ -191,6 +192,27 @@ def test_a_slow_server_is_given_up_and_what_it_had_said_is_kept(services: Any, t
         judgements, facts = judge_by_endpoint(PAIRS[:1], config, context_of(config, tmp_path))
     assert [each.outcome for each in judgements] == [1.0]
     assert (facts["requests"], facts["kept_replies"], len(asked.times)) == (1, 1, 3)
+
+
+def test_a_stop_does_not_wait_for_the_server(services: Any, tmp_path: Path) -> None:
+    def stop(number: int, frame: Any) -> None:
+        raise Retry("asked to stop")  # as the launcher does
+
+    before = signal.signal(signal.SIGALRM, stop)
+    answered = threading.Event()
+    try:
+        with failing_server(lambda number, body: answered.wait(20) or honest(body)) as (url, asked):
+            config = endpoint(url)
+            started = time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, 1.5)
+            with pytest.raises(Retry, match="asked to stop"):
+                judge_by_endpoint(PAIRS, config, context_of(config, tmp_path))
+            assert time.monotonic() - started < 10
+            answered.set()
+            assert asked.times
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_server_that_is_not_there_is_for_a_retry(services: Any, tmp_path: Path) -> None:
