@@ -25,6 +25,7 @@ from components.evaluate.answers import Sampling, choose_prompts, draw, first_ra
 from components.evaluate.champion import find_champion
 from components.evaluate.choice import choose, divide
 from components.evaluate.judges.judge import RECORDS, find_labels, judge_all
+from components.evaluate.judges.pairs import Intervals, pairs_of
 from components.evaluate.judges.settings import JudgeSettings
 from components.evaluate.measures import measure, measure_perplexity, measure_refusals, sample_record
 from components.evaluate.refusals import Probe, probe_records, read_probes, simulated_probes
@@ -32,6 +33,7 @@ from components.evaluate.report import evaluation_page
 from components.rlhf.gate import decide
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.report_page import SIMULATED
+from components.rlhf.statistics import win_rate
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
 
@@ -180,7 +182,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples)
     measures |= measure_perplexity(drawn.answers_read, drawn.texts_read, seed, resamples) | measure_refusals(probed)
     asked = [prompts[i] for i in used]
-    measures, judges = judge_all(config, context, folder, uri, asked, answers, labels, measures, seed, resamples)
+    intervals = Intervals(seed, resamples, of_gate=lambda outcomes: win_rate(outcomes, seed, resamples))
+    measures, judges = judge_all(config, context, folder, uri, pairs_of(asked, answers), labels, measures, intervals)
     thresholds = thresholds_of(config, compared=champion is not None, probed=bool(probes))
     table, gate = decide(measures, thresholds)
     evaluation = {

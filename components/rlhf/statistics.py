@@ -67,12 +67,12 @@ def win_rate(wins: ArrayLike, seed: int, resamples: int = 2000) -> Estimate:
     the same would give an interval of no width whatever their number; then the interval is Wilson's.
 
     Args:
-        wins: one number per prompt: 1 won, 0.5 tied, 0 lost, or the mean of that over several people.
+        wins: one number per prompt: 1 won, 0.5 tied, 0 lost.
         seed: of the resampling.
         resamples: number of bootstrap resamples.
 
     Raises:
-        ValueError: an outcome is not in [0, 1].
+        ValueError: an outcome is none of 0, 0.5 and 1.
     """
     items = _outcomes(wins)
     return cluster_share(items, np.ones_like(items), seed, resamples)
@@ -86,13 +86,13 @@ def length_controlled_win_rate(wins: ArrayLike, length_difference: ArrayLike, se
     completions are always the longer, the value at zero is an extrapolation.
 
     Args:
-        wins: one number per prompt: 1 won, 0.5 tied, 0 lost, or the mean of that over several people.
+        wins: one number per prompt: 1 won, 0.5 tied, 0 lost.
         length_difference: the candidate's length minus the other's, one per prompt, any unit.
         seed: of the resampling (prompts are resampled, the regression is fitted to each resample).
         resamples: number of bootstrap resamples.
 
     Raises:
-        ValueError: an outcome is not in [0, 1].
+        ValueError: an outcome is none of 0, 0.5 and 1.
     """
     outcomes, difference = _outcomes(wins), np.asarray(length_difference, dtype=np.float64)
     if outcomes.size == 0:
@@ -319,8 +319,8 @@ def _exp(estimate: Estimate) -> Estimate:
 
 def _outcomes(wins: ArrayLike) -> Floats:
     items: Any = np.asarray(wins, dtype=np.float64)
-    if not (possible := (items >= 0) & (items <= 1)).all():
-        raise ValueError(f"outcomes are between 0 and 1, not {items[~possible][0]}")
+    if not np.isin(items, (0.0, 0.5, 1.0)).all():
+        raise ValueError(f"outcomes are 0, 0.5 or 1, not {items[~np.isin(items, (0.0, 0.5, 1.0))][0]}")
     return np.asarray(items, dtype=np.float64)
 
 

@@ -180,8 +180,9 @@ def judge_by_humans(pairs: Sequence[Pair], labels: Labels, seed: int) -> tuple[l
         given = labels.by_task.get(name, [])
         verdicts = [label.verdict for label in given if label.verdict is not None]
         details = {"task": name, "raters": len(given), "passed_over": len(given) - len(verdicts)}
-        points = [(1 + (verdict if ours_left else -verdict)) / 2 for verdict in verdicts]
-        judgements.append(Judgement(sum(points) / len(points) if points else None, bool(given), details))
+        balance = sum(verdicts) if ours_left else -sum(verdicts)
+        outcome = (1 + (balance > 0) - (balance < 0)) / 2  # what most raters prefer
+        judgements.append(Judgement(outcome if verdicts else None, bool(given), details))
         if name not in items:  # another policy's same answer is the same task: its votes are counted once
             items[name] = len(items)
             for label in given:

@@ -10,11 +10,9 @@ from typing import Any
 
 from components.evaluate.judges.endpoint import judge_by_endpoint
 from components.evaluate.judges.humans import FOLDER, Labels, judge_by_humans, read_labels, write_tasks
-from components.evaluate.judges.pairs import SAME_TEXT, Judgement, Pair, named, pairs_of, rename_reward_model, win_rates
+from components.evaluate.judges.pairs import SAME_TEXT, Intervals, Judgement, Pair, named, rename_reward_model, win_rates
 from components.evaluate.judges.settings import Judge, JudgeSettings
-from components.evaluate.measures import Answer
 from components.rlhf.agreement import agreement_by_prompt, alpha_estimate, pairwise_agreement
-from components.rlhf.records import Message
 from components.rlhf.statistics import Estimate, as_json, wilson_interval
 from components.services.launch import Context
 
@@ -33,24 +31,22 @@ def judge_all(
     context: Context,
     folder: Path,
     uri: str,
-    prompts: Sequence[Sequence[Message]],
-    answers: Mapping[str, Sequence[Answer]],
+    pairs: Sequence[Pair],
     labels: Labels,
     measures: Mapping[str, Any],
-    seed: int,
-    resamples: int,
+    intervals: Intervals,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The measures with those of every judge, and {judge: how it came to them} for evaluation.json.
 
     Writes judgements.jsonl and, for people, the tasks of Label Studio below `folder`, which will be published as `uri`.
 
     Args:
-        prompts, answers: of the prompts that every policy answered.
+        pairs: as `pairs_of` gives them.
         measures: those of the stage, where the plain names of win rates are the held-out reward model's.
     """
     found = rename_reward_model(measures, config.judges, config.gate_judge)
     facts: dict[str, Any] = {}
-    pairs = pairs_of(prompts, answers)
+    seed, resamples = intervals.seed, intervals.resamples
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / RECORDS, "w", encoding="utf-8") as file:
         for judge in config.judges:
@@ -67,7 +63,8 @@ def judge_all(
                 agreement = agreement_by_prompt(votes)
                 found["rater_agreement_humans"] = as_json(pairwise_agreement(agreement, seed, resamples))
                 found["rater_alpha_humans"] = as_json(alpha_estimate(agreement, seed, resamples))
-            rates, counts = win_rates(pairs, judgements, config.min_judged_fraction, seed, resamples)
+            of_gate = judge == config.gate_judge
+            rates, counts = win_rates(pairs, judgements, config.min_judged_fraction, intervals, of_gate)
             facts[judge] |= {"over": counts}
             missing = {over: _missing(judge, each, config, uri) for over, each in counts.items()}
             found |= named(rates, judge, config.gate_judge, {over: why for over, why in missing.items() if why})

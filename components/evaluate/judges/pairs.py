@@ -8,7 +8,7 @@ lost, at its high end as won (the bounds of Manski 2003), so that no silence of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from components.evaluate.judges.settings import Judge
@@ -40,7 +40,7 @@ class Judgement(NamedTuple):
     """What a judge made of a pair.
 
     Fields:
-        outcome: in [0, 1], 1 if our answer is better and 0.5 for a tie; a mean where several people judged; None: no verdict.
+        outcome: 1 our answer is better, 0.5 a tie, 0 the other's is better; None: no verdict.
         asked: whether the judge was asked, and so is silent if there is no outcome.
         details: for judgements.jsonl.
     """
@@ -48,6 +48,17 @@ class Judgement(NamedTuple):
     outcome: float | None
     asked: bool
     details: dict[str, Any]
+
+
+class Intervals(NamedTuple):
+    """How intervals are found: by the bootstrap, and for the win rate that the gate reads by `of_gate`."""
+
+    seed: int
+    resamples: int
+    of_gate: Callable[[Sequence[float]], Estimate]
+
+    def win_rate(self, outcomes: Sequence[float]) -> Estimate:
+        return win_rate(outcomes, self.seed, self.resamples)
 
 
 SAME_TEXT = Judgement(0.5, False, {"same_text": True})  # a tie that no judge has to be asked about
@@ -76,7 +87,7 @@ def win_rate_name(over: str, judge: Judge, gate_judge: Judge) -> str:
 
 
 def win_rates(
-    pairs: Sequence[Pair], judgements: Sequence[Judgement], min_judged_fraction: float, seed: int, resamples: int
+    pairs: Sequence[Pair], judgements: Sequence[Judgement], min_judged_fraction: float, intervals: Intervals, of_gate: bool
 ) -> tuple[dict[str, tuple[Estimate, Estimate]], dict[str, dict[str, int]]]:
     """Of each policy that the candidate was compared with: its win rate, raw and at equal length, and the counts behind it.
 
@@ -101,9 +112,9 @@ def win_rates(
             rates[over] = (UNKNOWN, UNKNOWN)
             continue
         known = [(outcome, length) for outcome, length in zip(outcomes, longer, strict=True) if outcome is not None]
-        alone = _rates([outcome for outcome, _ in known], [length for _, length in known], seed, resamples)
+        alone = _rates([outcome for outcome, _ in known], [length for _, length in known], intervals, of_gate)
         lost, won = (
-            _rates([filled if outcome is None else outcome for outcome in outcomes], longer, seed, resamples)
+            _rates([filled if outcome is None else outcome for outcome in outcomes], longer, intervals, of_gate)
             for filled in (0.0, 1.0)
         )
         raw, controlled = (
@@ -114,8 +125,9 @@ def win_rates(
     return rates, counts
 
 
-def _rates(outcomes: Sequence[float], longer: Sequence[int], seed: int, resamples: int) -> tuple[Estimate, Estimate]:
-    return win_rate(outcomes, seed, resamples), length_controlled_win_rate(outcomes, longer, seed, resamples)
+def _rates(outcomes: Sequence[float], longer: Sequence[int], intervals: Intervals, of_gate: bool) -> tuple[Estimate, Estimate]:
+    raw = intervals.of_gate(outcomes) if of_gate else intervals.win_rate(outcomes)
+    return raw, length_controlled_win_rate(outcomes, longer, intervals.seed, intervals.resamples)
 
 
 def named(

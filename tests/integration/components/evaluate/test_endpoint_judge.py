@@ -21,12 +21,12 @@ from components.evaluate import stage
 from components.evaluate.judges.endpoint import judge_by_endpoint, request_of
 from components.evaluate.judges.humans import Labels
 from components.evaluate.judges.judge import RECORDS, judge_all, position_bias
-from components.evaluate.judges.pairs import Pair
+from components.evaluate.judges.pairs import Intervals, Pair, pairs_of
 from components.evaluate.judges.report import judge_sections
 from components.evaluate.measures import Answer
 from components.rlhf.models import save_model
 from components.rlhf.scratch_model import new_model, train_tokenizer
-from components.rlhf.statistics import Estimate, as_json
+from components.rlhf.statistics import Estimate, as_json, wilson_interval
 from components.services.exits import DoNotRetry, Retry
 from components.services.launch import Context
 from pipelines.local_services import free_ports
@@ -303,8 +303,9 @@ def test_the_win_rates_of_the_endpoint_are_read_by_the_gate_and_shown(services: 
         config = endpoint(url, judges=["reward_model", "endpoint"])
         context = context_of(config, tmp_path)
         folder = context.scratch / "evaluation"
+        intervals = Intervals(0, 100, of_gate=lambda outcomes: wilson_interval(sum(outcomes), len(outcomes)))
         measures, facts = judge_all(
-            config, context, folder, "s3://b/e", prompts, answers, Labels({}, 0), by_reward_model, seed=0, resamples=100
+            config, context, folder, "s3://b/e", pairs_of(prompts, answers), Labels({}, 0), by_reward_model, intervals
         )
     assert measures["win_rate_over_sft"]["value"] == 1.0
     assert measures["win_rate_over_champion"]["value"] == 5 / 8, "one won, three of equal text"

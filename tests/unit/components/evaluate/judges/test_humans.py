@@ -198,7 +198,7 @@ def test_several_raters_ties_cancelled_and_unreadable_annotations(tmp_path: Path
     judgements, votes, counts = judge_by_humans(asked, read(tmp_path, tasks), 0)
     assert [(each.outcome, each.asked) for each in judgements[:5]] == [
         (0.5, True),
-        (0.75, True),
+        (1.0, True),
         (None, True),
         (0.0, True),
         (None, False),

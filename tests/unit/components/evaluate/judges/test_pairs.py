@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from components.evaluate.judges.pairs import (
     SAME_TEXT,
+    Intervals,
     Judgement,
     Pair,
     conversation,
@@ -22,7 +23,7 @@ from components.evaluate.judges.pairs import (
 from components.evaluate.judges.settings import JudgeSettings
 from components.evaluate.measures import Answer
 from components.rlhf.gate import decide
-from components.rlhf.statistics import win_rate
+from components.rlhf.statistics import Estimate, win_rate
 from components.services.exits import DoNotRetry
 from components.services.launch import parse_settings
 
@@ -30,9 +31,10 @@ WON, LOST, TIED = (Judgement(outcome, True, {}) for outcome in (1.0, 0.0, 0.5))
 SILENT, UNASKED = Judgement(None, True, {}), Judgement(None, False, {})
 
 
-def rate(judgements: list[Judgement], smallest: float = 0.1, over: str = "sft") -> Any:
-    pairs = [Pair(i, over, "q", "a", "b", i % 5 - 2) for i in range(len(judgements))]
-    return win_rates(pairs, judgements, smallest, seed=0, resamples=200)
+def rate(judgements: list[Judgement], smallest: float = 0.1, of_gate: bool = False) -> Any:
+    pairs = [Pair(i, "sft", "q", "a", "b", i % 5 - 2) for i in range(len(judgements))]
+    intervals = Intervals(0, 200, of_gate=lambda outcomes: Estimate(0.5, 0.1, 0.9))
+    return win_rates(pairs, judgements, smallest, intervals, of_gate)
 
 
 def test_without_silence_it_is_the_plain_win_rate() -> None:
@@ -41,6 +43,9 @@ def test_without_silence_it_is_the_plain_win_rate() -> None:
     assert rates["sft"][0] == win_rate([1.0] * 12 + [0.0] * 6 + [0.5] * 2, 0, 200)
     assert rates["sft"][0].value == pytest.approx(0.65)
     assert counts == {"sft": {"pairs": 20, "judged": 20, "silent": 0}}
+    of_gate, controlled = rate(judgements, of_gate=True)[0]["sft"]
+    assert of_gate == (0.5, 0.1, 0.9), "the gate's own interval"
+    assert controlled == rates["sft"][1]
 
 
 def test_silent_pairs_count_as_lost_at_one_end_and_as_won_at_the_other() -> None:
