@@ -20,7 +20,7 @@ from components.services.storage import Storage
 ATTEMPTS = 20  # at writing, while other evaluations do
 
 
-def take_look(storage: Storage, uri: str, evaluation: str, candidate_uri: str, budget: float) -> Look:
+def take_look(storage: Storage, uri: str, evaluation: str, candidate_uri: str, budget: float, spend: bool = True) -> Look:
     """The look of this evaluation, which is put on the list unless it is there.
 
     Args:
@@ -28,6 +28,7 @@ def take_look(storage: Storage, uri: str, evaluation: str, candidate_uri: str, b
         evaluation: key of the evaluation; another seed, other prompts, another candidate or other code are another look.
         candidate_uri: for people who read the list.
         budget: error for all looks.
+        spend: False for an evaluation that cannot pass: it is no look, has no error to spend, and is not put on the list.
 
     Raises:
         DoNotRetry: what is at `uri` is no list of looks.
@@ -39,7 +40,10 @@ def take_look(storage: Storage, uri: str, evaluation: str, candidate_uri: str, b
         for each in looks:
             if each["evaluation"] == evaluation:
                 return Look(int(each["number"]), float(each["alpha"]), float(each["spent"]), float(each["budget"]))
-        look = next_look(budget, [each["alpha"] for each in looks])
+        spent = [each["alpha"] for each in looks]
+        if not spend:
+            return Look(len(looks), 0.0, sum(spent), budget)
+        look = next_look(budget, spent)
         entry = {"evaluation": evaluation, "candidate": candidate_uri, "at": datetime.now(UTC).isoformat(), **look._asdict()}
         if storage.put_if(uri, json.dumps([*looks, entry], indent=2, allow_nan=False).encode(), etag):
             return look

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from components.evaluate.groups import groups_section
+from components.evaluate.judges.pairs import conversation, win_rate_name
+from components.evaluate.judges.report import judge_sections
 from components.evaluate.overoptimisation import overoptimisation_section
 from components.rlhf.plots import histogram, intervals, lines
 from components.rlhf.report_page import (
@@ -52,6 +54,7 @@ def evaluation_page(
         [
             _gate(evaluation),
             *_choice(evaluation),
+            *judge_sections(evaluation),
             _win_rates(evaluation),
             groups_section(evaluation),
             overoptimisation_section(evaluation, training),
@@ -123,7 +126,9 @@ def _win_rates(evaluation: Mapping[str, Any]) -> Section:
     plotted = []
     for other in ("sft", "champion"):
         for scorer, said in SCORERS.items():
-            name = ("" if scorer == "judge" else f"{scorer}_") + f"win_rate_over_{other}"
+            name = f"{scorer}_win_rate_over_{other}"
+            if scorer == "judge":
+                name = win_rate_name(other, "reward_model", evaluation["config"]["gate_judge"])
             if name in measures:
                 raw, controlled = measures[name], measures[f"{name}_length_controlled"]
                 rows.append([NAMES[other], said, interval_text(raw), interval_text(controlled)])
@@ -133,7 +138,7 @@ def _win_rates(evaluation: Mapping[str, Any]) -> Section:
                 ]
     paragraphs = [
         "Share of prompts on which the candidate's answer scores higher; ties count one half. The judge is a reward model "
-        "that was trained on other rankings and is never optimised: it alone enters the gate. The reward model is what PPO climbs; "
+        "that was trained on other rankings and is never optimised. The reward model is what PPO climbs; "
         "where it is far above the judge, PPO exploits its errors. DPO learns the same rankings without it.",
         "At equal length: from a logistic regression of the outcome on the difference of lengths.",
     ]
@@ -205,7 +210,7 @@ def _probes(probes: Sequence[Mapping[str, Any]]) -> Section:
         asked.sort(key=lambda each: each["answers"]["candidate"]["refuses"] == each["answers"]["sft"]["refuses"])
         rows: list[list[Cell]] = []
         for each in asked[:PROBES_SHOWN]:
-            row: list[Cell] = [_prompt_text(each["prompt"])]
+            row: list[Cell] = [conversation(each["prompt"])]
             for policy in policies:
                 row += [each["answers"][policy]["refuses"], each["answers"][policy]["text"]]
             rows.append(row)
@@ -230,7 +235,7 @@ def _instructions(instructions: Sequence[Mapping[str, Any]]) -> Section:
     differing = [each for each in order if each["answers"]["candidate"]["follows"] != each["answers"]["sft"]["follows"]]
     rows: list[list[Cell]] = []
     for each in [*differing, *(each for each in order if each not in differing)][: 2 * PROBES_SHOWN]:
-        row: list[Cell] = [_prompt_text(each["prompt"]), ", ".join(f"{name} {value}" for name, value in each["checks"].items())]
+        row: list[Cell] = [conversation(each["prompt"]), ", ".join(f"{name} {value}" for name, value in each["checks"].items())]
         for policy in policies:
             row += [each["answers"][policy]["follows"], each["answers"][policy]["text"]]
         rows.append(row)
@@ -305,7 +310,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> Samples | None:
         columns += [NAMES[policy], *(f"{NAMES[policy]}: {_short(scorer)}" for scorer in scorers)]
     rows: list[list[Cell]] = []
     for each in samples[:SAMPLES_SHOWN]:
-        row: list[Cell] = [each["verdicts"]["sft"], _prompt_text(each["prompt"])]
+        row: list[Cell] = [each["verdicts"]["sft"], conversation(each["prompt"])]
         row += [each["verdicts"]["champion"]] if "champion" in policies else []
         for policy in policies:
             answer = each["answers"][policy]
@@ -319,9 +324,3 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> Samples | None:
         rows,
         "over SFT",
     )
-
-
-def _prompt_text(prompt: Sequence[Mapping[str, str]]) -> str:
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -26,6 +26,9 @@ from components.evaluate.champion import find_champion
 from components.evaluate.choice import choose, divide
 from components.evaluate.groups import GroupBy, groups_of, measure_groups
 from components.evaluate.instructions import Instruction, instruction_records
+from components.evaluate.judges.judge import RECORDS, find_labels, judge_all
+from components.evaluate.judges.pairs import Intervals, pairs_of
+from components.evaluate.judges.settings import JudgeSettings
 from components.evaluate.looks import take_look
 from components.evaluate.measures import (
     Answer,
@@ -40,7 +43,7 @@ from components.evaluate.overoptimisation import deviations_of, fit_training, me
 from components.evaluate.probe_sets import find_probes, measure_instructions, measure_plain_text
 from components.evaluate.refusals import Probe, probe_records
 from components.evaluate.report import evaluation_page
-from components.rlhf.error_budget import Look
+from components.rlhf.error_budget import Look, win_rate_interval
 from components.rlhf.gate import decide
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.report_page import SIMULATED
@@ -70,8 +73,8 @@ PROBED = {  # threshold: the probes that it needs; each against SFT and against 
 _log = logging.getLogger(__name__)
 
 
-class Config(Settings):
-    RUNTIME_ONLY = frozenset({"threads"})
+class Config(JudgeSettings):
+    RUNTIME_ONLY = JudgeSettings.RUNTIME_ONLY | {"threads"}
 
     prompts: int = Field(256, ge=2)
     """Held-out prompts to answer, at most; each policy answers each once."""
@@ -173,7 +176,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
             "give evaluate the judge_model_uri that train_reward_model made",
         )
 
-    # 1. The champion and the probes' content are no inputs, but part of what is evaluated: the folder's name depends on them.
+    # 1. Champion, probes and labels are no inputs, but part of what is evaluated: the folder's name depends on their content.
     champion = find_champion(config.policy_name)
     if champion and not inputs.rival_uri and same_policy(champion.uri, inputs.candidate_uri):
         _log.info("the candidate is the champion, version %s: it has nobody to beat", champion.version)
@@ -182,7 +185,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     probes = find_probes(
         config.probe_prompts, config.probe_instructions, config.probe_texts, simulated, config.seed, context.storage
     )
-    key = json_digest([context.key, champion, probes])[:32]
+    labels, labels_digest = find_labels(config, context)
+    key = json_digest([context.key, champion, probes, labels_digest])[:32]
     uri = context.uri("evaluations", key)
     folder = context.scratch / "evaluation"
     if context.storage.is_published(uri):
@@ -233,15 +237,19 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     answers = score_all(context, scorers, prompts, drawn, sampling)
 
     # 4. Measures and gate. The look is taken before anything is known that somebody might not like.
-    look = take_look(context.storage, looks_uri, key, candidate_uri, config.max_false_pass_probability)
+    undecided = config.gate_judge == "humans" and not config.human_labels  # the gate fails whatever is found: nothing is spent
+    look = take_look(context.storage, looks_uri, key, candidate_uri, config.max_false_pass_probability, spend=not undecided)
     _log.info("look %d at this champion, at an error of %.3g (%s)", look.number, look.alpha, looks_uri)
     probed = probe_records(refusals, refusal_answers, config.refusal_phrases)
     instructed = instruction_records(instructions, instruction_answers)
-    groups = groups_of(iterate_snapshot(snapshot, "test"), [prompts[i] for i in used], config.group_by)
+    asked = [prompts[i] for i in used]
+    groups = groups_of(iterate_snapshot(snapshot, "test"), asked, config.group_by)
     by_group, tables = measure_groups(answers, groups, config.min_group_prompts, config.seed, config.bootstrap_resamples)
     measures = measure_all(config, look, drawn, answers) | measure_refusals(probed) | measure_instructions(instructed) | by_group
     if probes.texts:
         measures |= measure_plain_text(drawn.plain_read, config.seed, config.bootstrap_resamples)
+    intervals = Intervals(config.seed, config.bootstrap_resamples, lambda outcomes: win_rate_interval(outcomes, look.alpha))
+    measures, judges = judge_all(config, context, folder, uri, pairs_of(asked, answers), labels, measures, intervals)
     training = read_training(context.scratch / "models" / "candidate")
     deviations = deviations_of(answers["sft"])
     present = {"champion": champion, "groups": by_group, **probes._asdict()}
@@ -263,6 +271,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
             "deviations": {name: finite(value) for name, value in deviations.items()},
             "fits": fit_training(training, deviations),
         },
+        "judges": judges,
         "thresholds": thresholds,
         "gate_table": table,
         "gate": gate,
@@ -270,7 +279,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     }
 
     # 5. Publish.
-    records = [sample_record(prompts[i], {policy: given[row] for policy, given in answers.items()}) for row, i in enumerate(used)]
+    records = [sample_record(each, {policy: given[row] for policy, given in answers.items()}) for row, each in enumerate(asked)]
     write_folder(folder, evaluation, records, probed, instructed, training)
     facts = {"gate": gate, "champion": champion._asdict() if champion else None, "parents": inputs.model_dump(mode="json")}
     context.storage.publish_folder(folder, uri, context.marker("evaluation", **facts))
@@ -331,10 +340,10 @@ def _log_results(context: Context, evaluation: Mapping[str, Any], uri: str, fold
     """Sends numbers, samples and report to MLflow, and fills the stage's line."""
     measures = evaluation["measures"]
     for name, estimate in measures.items():
-        ends = {name if end == "value" else f"{name}_{end}": value for end, value in estimate.items()}
+        ends = {name if end == "value" else f"{name}_{end}": estimate[end] for end in ("value", "low", "high")}
         context.tracker.metrics({key: value for key, value in ends.items() if value is not None})
     context.tracker.tags({"rankloop.gate": evaluation["gate"], "rankloop.champion_version": evaluation["champion_version"]})
-    for name in ("evaluation.json", "samples.jsonl", "probes.jsonl", "instructions.jsonl"):
+    for name in ("evaluation.json", "samples.jsonl", "probes.jsonl", "instructions.jsonl", RECORDS):
         context.tracker.artifact(folder / name)
     context.publish_html(folder / "report.html")
     context.summary["gate"] = evaluation["gate"]

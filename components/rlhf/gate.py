@@ -129,6 +129,8 @@ def _row(rule: Rule, measures: Mapping[str, Any], thresholds: Mapping[str, Any])
     numbers = {end: number(measure.get(end)) if isinstance(measure, Mapping) else None for end in ("value", "low", "high")}
     threshold = number(thresholds.get(rule.threshold))
     verdict, sentence = _verdict(rule, numbers[rule.end], threshold, thresholds)
+    if numbers[rule.end] is None and isinstance(measure, Mapping) and isinstance(measure.get("missing"), str):
+        sentence += f" {measure['missing']}"  # why, and what to do
     if rule.measure in SEQUENTIAL and verdict != "not required":
         sentence += _look(measures, thresholds)
     return {

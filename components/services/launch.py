@@ -77,7 +77,9 @@ def parse_settings(kind: type[SettingsType], values: Mapping[str, Any], where: s
             if item["type"] == "extra_forbidden":
                 lines.append(f"{name}: there is no such key; known keys: {', '.join(sorted(kind.model_fields))}")
             else:
-                lines.append(f"{name} = {item['input']!r}: {item['msg']}")
+                field = kind.model_fields.get(str(item["loc"][0])) if item["loc"] else None
+                shown = f" = {item['input']!r}" if field is None or field.repr else ""  # somebody may have put a secret there
+                lines.append(f"{name}{shown}: {item['msg']}")
         raise DoNotRetry("\n".join(lines), f"correct it; `python -m components.{where} --help` lists every key") from error
 
 

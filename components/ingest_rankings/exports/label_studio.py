@@ -20,6 +20,7 @@ from typing import Any
 
 from components.ingest_rankings.exports.export import Export, Native
 from components.ingest_rankings.rows import DECLINED, Rejected, shown
+from components.rlhf.label_studio import rater_of, results_of, side_of
 
 PROMPTS = ("prompt", "question", "instruction", "input", "context")
 ITEM_TEXTS = ("body", "text", "html", "title")  # of an item of a List, the longest kind first
@@ -47,12 +48,11 @@ def _ranking(task: dict[str, Any], annotation: Any) -> Native:
     name = f"annotation {annotation.get('id')} of task {task.get('id')}"
     if annotation.get("was_cancelled"):
         raise Rejected(DECLINED, name)
-    results = annotation.get("result")
-    if not isinstance(results, list) or not all(isinstance(each, dict) for each in results):
-        raise Rejected("annotation's result is not a list of objects", f"{name}: {shown(results)}")
-    found = [each for each in results if each.get("type") in ("pairwise", "ranker")]
+    found = results_of(annotation, "pairwise", "ranker")
+    if found is None:
+        raise Rejected("annotation's result is not a list of objects", f"{name}: {shown(annotation.get('result'))}")
     if len(found) != 1:
-        kinds = sorted({str(each.get("type")) for each in results})
+        kinds = sorted({str(each.get("type")) for each in annotation["result"]})
         raise Rejected(
             "annotation without one comparison", f"{name}: {len(found)} of type pairwise or ranker; types {shown(kinds)}"
         )
@@ -66,7 +66,7 @@ def _ranking(task: dict[str, Any], annotation: Any) -> Native:
         "prompt": _prompt(task["data"], name),
         "completions": completions,
         "ranks": ranks,
-        "rater_id": _rater(annotation.get("completed_by")),
+        "rater_id": rater_of(annotation.get("completed_by")),
         "collected_at": annotation.get("created_at"),
     }
 
@@ -78,15 +78,10 @@ def _prompt(data: dict[str, Any], name: str) -> Any:
     raise Rejected("no prompt in the task's data", f"{name}: fields {shown(sorted(data))}; expected one of {', '.join(PROMPTS)}")
 
 
-def _rater(completed_by: Any) -> Any:
-    """The user's number; some exports hold the whole user, whose e-mail address is left out."""
-    return completed_by.get("id") if isinstance(completed_by, dict) else completed_by
-
-
 def _pair(data: dict[str, Any], result: dict[str, Any], value: dict[str, Any], name: str) -> tuple[list[Any], list[int]]:
-    selected = value.get("selected")
-    if selected not in ("left", "right"):
-        raise Rejected("selected is neither left nor right", f"{name}: {shown(selected)}")
+    selected = side_of(result)
+    if selected is None:
+        raise Rejected("selected is neither left nor right", f"{name}: {shown(value.get('selected'))}")
     left, right = _sides(data, result.get("to_name"), name)
     return [data[left], data[right]], [1, 2] if selected == "left" else [2, 1]
 

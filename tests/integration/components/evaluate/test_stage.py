@@ -440,6 +440,8 @@ def test_of_evaluations_that_begin_at_once_each_gets_a_look_of_its_own(world: Wo
     assert sorted({look.number for look in found}) == list(range(1, 9))
     assert found[:8] == found[8:]
     assert max(look.spent for look in found) == pytest.approx(0.05 * 8 / 9)
+    waiting = take_look(context.storage, uri, "waits for people", world.candidate, 0.05, spend=False)
+    assert (waiting.number, waiting.alpha, waiting.spent) == (8, 0.0, pytest.approx(0.05 * 8 / 9)), "nothing is spent on it"
     context.storage.put_bytes(uri, b'[{"evaluation": "x", "alpha": -1, "number": 1}]')
     with pytest.raises(DoNotRetry, match=r"looks\.json is no list of looks"):
         take_look(context.storage, uri, "another", world.candidate, 0.05)
@@ -705,3 +707,48 @@ def test_line_39_command_line_refuses_the_optimised_reward_model_as_judge(servic
     )
     assert done.returncode == EXIT_DO_NOT_RETRY, done.stderr
     assert "is the reward model that PPO optimised" in json.loads((tmp_path / "failure.json").read_text())["message"]
+
+
+def test_people_judge_tasks_that_the_stage_wrote_and_without_them_their_gate_fails(world: World, tmp_path: Path) -> None:
+    name = f"policy-{uuid.uuid4().hex}"
+    wanted = {"judges": ["reward_model", "humans"], "gate_judge": "humans", "policy_name": name}
+    outputs, evaluation, context = evaluate(tmp_path, world.inputs(), **wanted)
+    assert outputs.gate == "fail"
+    (failed,) = [row for row in evaluation["gate_table"] if row["verdict"] == "fail"]
+    assert f"have the tasks in {outputs.evaluation_uri}/label_studio labelled in Label Studio" in failed["sentence"]
+    assert evaluation["measures"]["win_rate_over_sft"]["value"] is None
+    by_reward_model = evaluation["measures"]["win_rate_over_sft_reward_model"]["value"]
+    assert by_reward_model > 0.5
+    page = unescape(context.storage.get_bytes(outputs.evaluation_uri + "/report.html").decode())
+    assert "Judges" in page
+    assert failed["sentence"] in page
+
+    tasks = context.storage.get_json(outputs.evaluation_uri + "/label_studio/tasks.json")
+    key = context.storage.get_json(outputs.evaluation_uri + "/human_key.json")
+    assert not re.search("candidate|sft", json.dumps(tasks))
+    labels = context.uri("labels", f"{uuid.uuid4().hex}.json")
+
+    def label(better: bool) -> None:
+        """Two people prefer the candidate everywhere, or one of them the other policy."""
+        sides = {"left": "right", "right": "left"}
+        for task in tasks:
+            left = key[task["data"]["task"]][0]["candidate"]
+            said = [(1, left), (2, left if better else sides[left])]
+            task["annotations"] = [
+                {"completed_by": rater, "result": [{"type": "pairwise", "value": {"selected": side}}]} for rater, side in said
+            ]
+        context.storage.put_json(labels, tasks)
+
+    label(True)
+    outputs, evaluation, _ = evaluate(tmp_path, world.inputs(), **wanted, human_labels=labels)
+    assert outputs.gate == "pass"
+    ties = 24 - len(tasks)
+    assert evaluation["measures"]["win_rate_over_sft"]["value"] == pytest.approx((len(tasks) + ties / 2) / 24)
+    assert evaluation["measures"]["rater_agreement_humans"]["value"] == 1.0
+    assert evaluation["measures"]["win_rate_over_sft_reward_model"]["value"] == by_reward_model
+    assert decide(evaluation["measures"], evaluation["thresholds"]) == (evaluation["gate_table"], "pass")
+    label(False)
+    other, evaluation, _ = evaluate(tmp_path, world.inputs(), **wanted, human_labels=labels)
+    assert other.evaluation_uri != outputs.evaluation_uri, "other labels at the same address are another evaluation"
+    assert (other.gate, evaluation["measures"]["win_rate_over_sft"]["value"]) == ("fail", 0.5)
+    assert evaluation["measures"]["rater_agreement_humans"]["value"] == 0.0

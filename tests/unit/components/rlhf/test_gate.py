@@ -182,3 +182,14 @@ def test_decision_survives_json_and_is_json() -> None:
     assert decide(json.loads(json.dumps(GOOD)), json.loads(json.dumps(THRESHOLDS))) == (rows, gate)
     broken = decide(with_number("kl_reference", math.nan), {**THRESHOLDS, "max_length_ratio": math.inf})[0]
     assert json.loads(json.dumps(broken, allow_nan=False)) == broken
+
+
+def test_a_missing_measure_says_what_to_do() -> None:
+    missing = {"value": None, "low": None, "high": None, "missing": "Label the tasks."}
+    rows, gate = decide({**GOOD, "win_rate_over_sft": missing}, THRESHOLDS)
+    assert gate == "fail"
+    (row,) = (row for row in rows if row["measure"] == "win_rate_over_sft")
+    assert "> 0.5 is required. Label the tasks. This is look" in row["sentence"]
+    rows, gate = decide({**GOOD, "win_rate_over_sft": {**missing, "missing": 3}}, THRESHOLDS)
+    assert gate == "fail"
+    assert rows[0]["sentence"].endswith("> 0.5 is required.")
