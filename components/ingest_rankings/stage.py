@@ -39,10 +39,11 @@ from components.ingest_rankings.groups import Grouping
 from components.ingest_rankings.personal_data.find import check_region
 from components.ingest_rankings.personal_data.policy import PersonalData, Policy
 from components.ingest_rankings.quarantine import Quarantine
+from components.ingest_rankings.raters import Raters, salt_of
 from components.ingest_rankings.rows import DECLINED, Rejected, Row, shown
 from components.ingest_rankings.snapshot import SnapshotWriter
 from components.ingest_rankings.sources import Source, SourceFile, find_source
-from components.ingest_rankings.watermark import Watermark, changed, load, refuse, save, verify, watermark_uri
+from components.ingest_rankings.watermark import Watermark, changed, check_salt, load, refuse, save, verify, watermark_uri
 from components.rlhf.records import iterate_snapshot
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
@@ -66,6 +67,10 @@ class Config(Settings):
     """Source of a ranking whose row names none, such as the labelling project."""
     test_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the prompts held out; rankings whose conversations open alike fall on one side. A row's own split wins."""
+    rater_ids: Literal["hashed", "kept"] = "hashed"
+    """Raters' ids: hashed with a salt, or kept, for ids that are pseudonyms already."""
+    rater_salt_variable: str = Field("RANKLOOP_RATER_SALT", min_length=1)
+    """Environment variable that holds the salt, a secret of 16 characters or more."""
     personal_data: Policy = "report"
     """What to do with e-mail addresses, phone, card and account numbers and keys in texts: report, mask, quarantine or off."""
     phone_region: str = ""
@@ -140,14 +145,15 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     """Ingests `inputs.rankings`.
 
     Raises:
-        DoNotRetry: nothing to read, a damaged file, no access, or not one ranking among the rows.
+        DoNotRetry: no salt, nothing to read, a damaged file, no access, or not one ranking among the rows.
         Retry: the object store or the hub cannot be reached.
     """
+    raters = Raters(salt_of(config.rater_ids, config.rater_salt_variable), config.columns)
     # 1. find
     source = find_source(inputs.rankings, context.storage, context.scratch, config.max_row_bytes)
     for name in source.skipped[:NAMES_KEPT]:
         _log.info("skipped, not a data file: %s", name)
-    mark_uri, before = _before(config, inputs, source, context)
+    mark_uri, before = _before(config, inputs, source, raters, context)
     known = before.files if before else {}
     new = source._replace(files=[file for file in source.files if file.uri not in known])
     quarantine_path = context.scratch / "report" / "quarantine.jsonl"
@@ -155,12 +161,12 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     ignored: Counter[str] = Counter()
     personal = PersonalData(config.personal_data, config.phone_region, config.test_fraction)
     with (
-        Quarantine(quarantine_path, config.max_quarantined, personal) as quarantine,
+        Quarantine(quarantine_path, config.max_quarantined, personal, raters) as quarantine,
         SnapshotWriter(context.scratch / "sort") as writer,
     ):
         # 2. read
         rows = context.progress.track(_all_rows(new), None, "rows read")
-        files = sort_out(new, rows, config, writer, quarantine, personal, ignored, context.scratch / "groups")
+        files = sort_out(new, rows, config, writer, quarantine, personal, raters, ignored, context.scratch / "groups")
         if before:
             context.storage.fetch_folder(before.snapshot_uri, context.scratch / "parent")
             for ranking in iterate_snapshot(context.scratch / "parent"):
@@ -183,7 +189,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         )
     # 5. publish
     described = [known[file.uri] for file in source.files if file.uri in known] + [file.as_dict() for file in files]
-    snapshot_uri, ingest_uri = context.uri("rankings", snapshot.digest), _ingest_uri(source, context)
+    snapshot_uri, ingest_uri = context.uri("rankings", snapshot.digest), _ingest_uri(source, raters, context)
     parents = {"snapshot": before.snapshot_uri} if before and before.snapshot_uri != snapshot_uri else {}
     if context.storage.is_published(snapshot_uri):
         _log.info("the snapshot is there already: %s", snapshot_uri)
@@ -202,6 +208,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         skipped_files=len(source.skipped),
         ignored_fields=dict(ignored.most_common()),
         personal_data=personal.report(),
+        rater_salt_fingerprint=raters.fingerprint,
         snapshot_uri=snapshot_uri,
         parents={"snapshot": before.snapshot_uri, "ingest": before.ingest_uri} if before else {},
     )
@@ -209,17 +216,17 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     context.storage.publish_folder(quarantine_path.parent, ingest_uri, report)
     if mark_uri:
         by_name = known | {file["uri"]: file for file in described}
-        mark = Watermark(snapshot_uri, ingest_uri, read, duplicates, reasons.total(), dict(reasons), by_name)
+        mark = Watermark(snapshot_uri, ingest_uri, read, duplicates, reasons.total(), dict(reasons), by_name, raters.fingerprint)
         save(context.storage, mark_uri, mark)
     context.summary.update(counts, rankings=snapshot.rankings)
     return Outputs(snapshot_uri, ingest_uri)
 
 
-def _before(config: Config, inputs: Inputs, source: Source, context: Context) -> tuple[str, Watermark | None]:
+def _before(config: Config, inputs: Inputs, source: Source, raters: Raters, context: Context) -> tuple[str, Watermark | None]:
     """Where the watermark is kept, and the ingestion before, if its files are what they were. Rows in groups may be in any file.
 
     Raises:
-        DoNotRetry: a known file has changed.
+        DoNotRetry: a known file has changed, or the raters' salt.
     """
     if config.group or not any(file.stored for file in source.files):
         return "", None
@@ -227,6 +234,7 @@ def _before(config: Config, inputs: Inputs, source: Source, context: Context) ->
     before = load(context.storage, uri) if config.known_files != "reread" else None
     if before is None:
         return uri, None
+    check_salt(before, raters.fingerprint, config.rater_salt_variable)
     lines = changed(source.files, before)
     if not lines and config.known_files == "verify":
         there = {file.uri for file in source.files}
@@ -240,10 +248,10 @@ def _before(config: Config, inputs: Inputs, source: Source, context: Context) ->
     return uri, before
 
 
-def _ingest_uri(source: Source, context: Context) -> str:
-    """Of the report: by what was asked for, and by the content of an S3 prefix, so that no later report replaces this one."""
+def _ingest_uri(source: Source, raters: Raters, context: Context) -> str:
+    """Of the report: by what was asked for, the salt, and an S3 prefix's content, so that no later report replaces this one."""
     stored = [file.stored for file in source.files if file.stored]
-    return context.uri("ingests", json_digest([context.key, *stored])[:32] if stored else "")
+    return context.uri("ingests", json_digest([context.key, raters.fingerprint, *stored])[:32])
 
 
 def _all_rows(source: Source) -> Iterator[tuple[SourceFile, Row]]:
@@ -259,6 +267,7 @@ def sort_out(
     writer: SnapshotWriter,
     quarantine: Quarantine,
     personal: PersonalData,
+    raters: Raters,
     ignored: Counter[str],
     groups: Path,
 ) -> list[FileReport]:
@@ -272,7 +281,7 @@ def sort_out(
     forms: dict[str, Counter[str]] = {file.uri: Counter() for file in source.files}
 
     def sort_one(file: str, row: Row) -> None:
-        for parsed in _rankings(row, config, columns):
+        for parsed in _rankings(row, config, columns, raters):
             read[file] += 1
             parsed = personal.applied(file, row.number, parsed)
             if isinstance(parsed, Rejected):
@@ -301,12 +310,12 @@ def sort_out(
     return [FileReport(file, read[file.uri], dict(forms[file.uri])) for file in source.files]
 
 
-def _rankings(row: Row, config: Config, columns: Export | None) -> Iterable[Parsed | Rejected]:
+def _rankings(row: Row, config: Config, columns: Export | None, raters: Raters) -> Iterable[Parsed | Rejected]:
     if row.problem is not None:
         return [row.problem]
     if not isinstance(row.value, dict):
         return [Rejected("not an object", shown(row.value))]
-    return parse(row.value, config.format, config.source, config.test_fraction, columns)
+    return parse(row.value, config.format, config.source, config.test_fraction, columns, raters)
 
 
 def check_counts(read: int, accepted: int, duplicates: int, quarantined: int) -> None:

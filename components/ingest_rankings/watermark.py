@@ -37,6 +37,7 @@ class Watermark(NamedTuple):
         snapshot_uri, ingest_uri: what it made.
         read, duplicates, quarantined, reasons: its counts, of all files up to then.
         files: name to `uri, size_bytes, etag, sha256, rows, formats` of every file whose rankings are in the snapshot.
+        rater_salt: fingerprint of the salt of its raters' pseudonyms, "" for raters whose ids were kept.
     """
 
     snapshot_uri: str
@@ -46,6 +47,7 @@ class Watermark(NamedTuple):
     quarantined: int
     reasons: dict[str, int]
     files: dict[str, dict[str, Any]]
+    rater_salt: str
 
 
 def watermark_uri(context: Context, config: Config, rankings: str) -> str:
@@ -79,6 +81,21 @@ def changed(files: Sequence[SourceFile], mark: Watermark) -> list[str]:
                 f"now {file.stored.size_bytes} with {file.stored.etag}"
             )
     return result
+
+
+def check_salt(mark: Watermark, fingerprint: str, variable: str) -> None:
+    """Sees to it that new rankings come under the same pseudonyms: a rater under two salts would be two raters.
+
+    Raises:
+        DoNotRetry: the salt is another one.
+    """
+    if mark.rater_salt != fingerprint:
+        raise DoNotRetry(
+            f"the salt of the raters' pseudonyms in {variable} is not the one of {mark.snapshot_uri}: its raters would not be "
+            "recognised in new rankings",
+            f"set {variable} to the salt of before; if the change is meant, set known_files to reread once, which gives everybody "
+            "a pseudonym under the new one",
+        )
 
 
 def refuse(lines: Sequence[str], rankings: str) -> None:

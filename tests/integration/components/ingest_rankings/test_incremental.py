@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,29 @@ def test_another_form_or_a_lost_snapshot_reads_everything(root: str, tmp_path: P
     again, report = ingest(root, tmp_path)
     assert opened == ["a.jsonl"]
     assert (again.snapshot_uri, report["parents"]) == (first.snapshot_uri, {})
+
+
+def test_another_salt_is_noticed_for_its_raters_would_not_join(
+    root: str, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, variable = Storage(), "RANKLOOP_RATER_SALT"
+    storage.put_bytes(f"{root}/source/a.jsonl", lines(ROWS[:20]))
+    first, report_1 = ingest(root, tmp_path)
+    storage.put_bytes(f"{root}/source/b.jsonl", lines(ROWS[20:30]))
+    with monkeypatch.context() as patch:
+        patch.setenv(variable, "another salt of someone")
+        with pytest.raises(DoNotRetry, match=rf"{variable} is not the one of {first.snapshot_uri}.*\n.*known_files to reread"):
+            ingest(root, tmp_path)
+        opened.clear()
+        _, report_2 = ingest(root, tmp_path, known_files="reread")
+        assert opened == ["a.jsonl", "b.jsonl"]
+        assert storage.get_json(join(report_2["snapshot_uri"], MARKER))["raters"] == 3
+        again, _ = ingest(root, tmp_path)  # from its own watermark
+        assert again.snapshot_uri == report_2["snapshot_uri"]
+    assert report_1["rater_salt_fingerprint"] != report_2["rater_salt_fingerprint"]
+    kept = [item.uri for item in storage.list(f"{root}/ingests/") if item.uri.endswith(MARKER)]
+    assert len(kept) == 3, "no report has replaced another, and the refused ingest left none"
+    assert all(os.environ[variable].encode() not in storage.get_bytes(item.uri) for item in storage.list(root))
 
 
 def test_a_file_that_is_gone_leaves_its_rankings(root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from components.ingest_rankings.personal_data.policy import PersonalData
 from components.ingest_rankings.quarantine import Quarantine
+from components.ingest_rankings.raters import Raters, salt_of
 from components.ingest_rankings.snapshot import Snapshot, SnapshotWriter
 from components.ingest_rankings.sources import find_source
 from components.ingest_rankings.stage import Config, sort_out
@@ -32,12 +33,13 @@ class Ingested(NamedTuple):
 def ingest_source(uri: str, scratch: Path, config: Config) -> Ingested:
     source = find_source(uri, Storage(), scratch, config.max_row_bytes)
     ignored: Counter[str] = Counter()
+    raters = Raters(salt_of(config.rater_ids, config.rater_salt_variable), config.columns)
     personal = PersonalData(config.personal_data, config.phone_region, config.test_fraction)
     with (
-        Quarantine(scratch / "q.jsonl", config.max_quarantined, personal) as quarantine,
+        Quarantine(scratch / "q.jsonl", config.max_quarantined, personal, raters) as quarantine,
         SnapshotWriter(scratch / "sort") as writer,
     ):
-        files = sort_out(source, all_rows(source), config, writer, quarantine, personal, ignored, scratch / "groups")
+        files = sort_out(source, all_rows(source), config, writer, quarantine, personal, raters, ignored, scratch / "groups")
         snapshot = writer.write(writer.sorted_records(), scratch / "snapshot")
     return Ingested(
         snapshot,
@@ -66,6 +68,6 @@ def ingest() -> Callable[..., Ingested]:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(data)
                 source = Path(folder) / "data"
-            return ingest_source(str(source), scratch, Config(**config))
+            return ingest_source(str(source), scratch, Config(**{"rater_ids": "kept"} | config))
 
     return run
