@@ -319,7 +319,7 @@ def _ranked(row: dict[str, Any], form: str) -> tuple[list[str], list[int], Any]:
     by_score = _ranks_of_scores(scores)
     if numbers is None:
         return completions, by_score, policies
-    if _dense(numbers) != _dense(by_score):
+    if dense(numbers) != dense(by_score):
         raise Rejected("ranks and scores disagree", f"{shown(numbers)} and {shown(scores)}")
     return completions, numbers, policies
 
@@ -345,6 +345,7 @@ def _ranks_of_scores(scores: Any) -> list[int]:
     return [first[score] for score in scores]
 
 
-def _dense(ranks: list[int]) -> list[int]:
+def dense(ranks: Sequence[int]) -> list[int]:
+    """The same order, ranks without gaps: 1, 1, 3 is 1, 1, 2."""
     places = {rank: place for place, rank in enumerate(sorted(set(ranks)), 1)}
     return [places[rank] for rank in ranks]

@@ -2,7 +2,7 @@
 
 `kept` leaves every id as it is. `hashed` puts `pseudonym(id, salt)` in its place: in `rater_id`; in a `ranking_id` in which the id
 stands as a word of its own, as some tools write it; and in rows that go to quarantine, under each field that is known to name a
-person. The salt comes from the environment and goes nowhere: what is kept is a fingerprint of it, by which a changed salt is noticed.
+person. The salt comes from the environment and goes nowhere: a fingerprint of it is kept, by which a changed salt is noticed.
 """
 
 from __future__ import annotations

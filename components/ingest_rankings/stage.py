@@ -11,7 +11,7 @@ accepted + duplicates + quarantined = read, always.
 
     1  find the files of the source, and of an S3 prefix those that were not read before
     2  read each row: a ranking goes to the sort, anything else to quarantine; the parent's rankings go to the sort, too
-    3  sort by digest, drop duplicates, write Parquet
+    3  find rankings that are alike, sort by digest, drop duplicates, write Parquet
     4  check that the counts add up
     5  publish the snapshot, then the report
 
@@ -32,6 +32,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
+from components.ingest_rankings.alike import Near, Policies, SameRanking
 from components.ingest_rankings.exports.columns import column_map
 from components.ingest_rankings.exports.export import Export
 from components.ingest_rankings.formats import FORMS, Parsed, parse
@@ -75,6 +76,12 @@ class Config(Settings):
     """What to do with e-mail addresses, phone, card and account numbers and keys in texts: report, mask, quarantine or off."""
     phone_region: str = ""
     """Country (ISO 3166, two letters) whose phone numbers are found as written there. Empty: only those with + and code."""
+    same_ranking: SameRanking = "drop"
+    """One rater's same ranking under another id, source or time: drop all but one, report them, or keep unlooked for."""
+    near_duplicates: Near = "report"
+    """One rater's nearly the same rankings: report them, quarantine all but one, or keep unlooked for."""
+    last_turn: Near = "report"
+    """Conversations that differ in the last turn only: report them, quarantine all but one, or keep unlooked for."""
     known_files: Literal["skip", "verify", "reread"] = "skip"
     """Files of an S3 prefix that an earlier ingest read: skip by ETag and size; verify their SHA-256, too; reread as if new."""
     changed_files: Literal["fail", "reread"] = "fail"
@@ -83,6 +90,9 @@ class Config(Settings):
     """Bytes of a JSON line; a longer one is quarantined."""
     max_quarantined: int = Field(10_000, ge=0)
     """Rows kept in quarantine.jsonl; further ones are counted with their reasons but not kept."""
+
+    def policies(self) -> Policies:
+        return Policies(self.same_ranking, self.near_duplicates, self.last_turn)
 
     @field_validator("format")
     @classmethod
@@ -162,24 +172,24 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     personal = PersonalData(config.personal_data, config.phone_region, config.test_fraction)
     with (
         Quarantine(quarantine_path, config.max_quarantined, personal, raters) as quarantine,
-        SnapshotWriter(context.scratch / "sort") as writer,
+        SnapshotWriter(context.scratch / "sort", config.policies()) as writer,
     ):
         # 2. read
         rows = context.progress.track(_all_rows(new), None, "rows read")
         files = sort_out(new, rows, config, writer, quarantine, personal, raters, ignored, context.scratch / "groups")
         if before:
             context.storage.fetch_folder(before.snapshot_uri, context.scratch / "parent")
-            for ranking in iterate_snapshot(context.scratch / "parent"):
-                writer.add(ranking)
+            for row, ranking in enumerate(iterate_snapshot(context.scratch / "parent"), 1):
+                writer.add(ranking, before.snapshot_uri, row)
         # 3. sort
-        records = context.progress.track(writer.sorted_records(), None, "rankings written")
+        records = context.progress.track(writer.kept_records(quarantine), None, "rankings written")
         snapshot = writer.write(records, context.scratch / "snapshot")
     if quarantine.rows:
         context.tracker.artifact(quarantine_path)
     # 4. count
     reasons = quarantine.reasons + Counter(before.reasons if before else {})
     read = sum(file.rows for file in files) + (before.read if before else 0)
-    duplicates = writer.added - snapshot.rankings + (before.duplicates if before else 0)
+    duplicates = writer.added - writer.alike.quarantined - snapshot.rankings + (before.duplicates if before else 0)
     check_counts(read, snapshot.rankings, duplicates, reasons.total())
     if not snapshot.rankings:
         raise DoNotRetry(
@@ -208,6 +218,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         skipped_files=len(source.skipped),
         ignored_fields=dict(ignored.most_common()),
         personal_data=personal.report(),
+        alike=writer.alike.report(),
         rater_salt_fingerprint=raters.fingerprint,
         snapshot_uri=snapshot_uri,
         parents={"snapshot": before.snapshot_uri, "ingest": before.ingest_uri} if before else {},
@@ -223,12 +234,14 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
 
 def _before(config: Config, inputs: Inputs, source: Source, raters: Raters, context: Context) -> tuple[str, Watermark | None]:
-    """Where the watermark is kept, and the ingestion before, if its files are what they were. Rows in groups may be in any file.
+    """Where the watermark is kept, and the ingestion before, if its files are what they were.
+
+    Rows in groups may be in any file, and what is nearly the same as a quarantined ranking is not known from a snapshot without it.
 
     Raises:
         DoNotRetry: a known file has changed, or the raters' salt.
     """
-    if config.group or not any(file.stored for file in source.files):
+    if config.group or config.near_duplicates == "quarantine" or not any(file.stored for file in source.files):
         return "", None
     uri = watermark_uri(context, config, inputs.rankings)
     before = load(context.storage, uri) if config.known_files != "reread" else None
@@ -287,7 +300,7 @@ def sort_out(
             if isinstance(parsed, Rejected):
                 quarantine.add(file, row.number, parsed, row.raw)
                 continue
-            writer.add(parsed.ranking)
+            writer.add(parsed.ranking, file, row.number)
             forms[file][parsed.form] += 1
             for name in parsed.ignored:
                 if name in ignored or len(ignored) < NAMES_KEPT:

@@ -40,7 +40,8 @@ def alive(groups: list[int]) -> list[psutil.Process]:
     return found
 
 
-def test_they_start_keep_their_data_and_leave_nothing_running(tmp_path: Path) -> None:
+def test_they_start_keep_their_data_and_leave_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANKLOOP_RATER_SALT", raising=False)
     with LocalServices(tmp_path) as services, environment_of(services):
         Storage().put_bytes("s3://rankloop/kept", b"data")
         with urllib.request.urlopen(services.tracking_uri + "/health", timeout=5) as reply:

@@ -11,6 +11,7 @@ import pytest
 
 from components.ingest_rankings import sources
 from components.ingest_rankings.stage import Config, Inputs, Outputs, run
+from components.rlhf.records import iterate_snapshot
 from components.services.exits import DoNotRetry, Retry
 from components.services.launch import Context
 from components.services.storage import MARKER, Storage, join
@@ -128,6 +129,33 @@ def test_another_form_or_a_lost_snapshot_reads_everything(root: str, tmp_path: P
     again, report = ingest(root, tmp_path)
     assert opened == ["a.jsonl"]
     assert (again.snapshot_uri, report["parents"]) == (first.snapshot_uri, {})
+
+
+@pytest.mark.parametrize("policy", ["report", "quarantine"])
+def test_the_same_rankings_of_a_parent_count_as_seen(root: str, tmp_path: Path, opened: list[str], policy: str) -> None:
+    """Whichever of two has the smaller digest stays, so that some of the parent's go."""
+    storage, shared = Storage(), [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [{**row, "ranking_id": f"first-{n}"} for n, row in enumerate(ROWS[:30])]
+    rows += [{**row, "prompt": [*shared, {"role": "user", "content": row["prompt"]}]} for row in ROWS[30:34]]
+    again = [{**row, "ranking_id": f"again-{n}", "source": "other"} for n, row in enumerate(rows[:28])]
+    turns = [{**row, "prompt": [*shared, {"role": "user", "content": row["prompt"] + "?"}]} for row in ROWS[34:38]]
+    storage.put_bytes(f"{root}/source/a.jsonl", lines(rows))
+    first, _ = ingest(root, tmp_path, last_turn=policy)
+    storage.put_bytes(f"{root}/source/b.jsonl", lines(again + turns))
+    opened.clear()
+    second, report = ingest(root, tmp_path, last_turn=policy)
+    assert opened == ["b.jsonl"]
+    assert (report["alike"]["same_ranking"]["found"], report["duplicates"]) == (28, 28)
+    storage.fetch_folder(second.snapshot_uri, tmp_path / "second")
+    kept = [each.ranking_id.split("-")[0] for each in iterate_snapshot(tmp_path / "second")]
+    assert min(kept.count("first"), kept.count("again")) >= 5
+    origins = {each["file"] for pair in report["alike"]["same_ranking"]["examples"] for each in (pair["one"], pair["other"])}
+    assert origins == {first.snapshot_uri, f"{root}/source/b.jsonl"}
+    whole, report_2 = ingest(root, tmp_path, last_turn=policy, known_files="reread")
+    assert whole.snapshot_uri == second.snapshot_uri
+    counts = ("read", "accepted", "duplicates", "quarantined", "reasons")
+    assert {name: report_2[name] for name in counts} == {name: report[name] for name in counts}
+    assert report["quarantined"] == (7 if policy == "quarantine" else 0)
 
 
 def test_another_salt_is_noticed_for_its_raters_would_not_join(
