@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,6 +55,15 @@ class Quarantine:
         self.kept += 1
         entry = {"file": file, "row": row, "reason": problem.reason, "detail": problem.detail, "raw": raw_text(raw)}
         self._file.write(_readable(entry) + b"\n")
+
+    def take_over(self, path: Path, reasons: Mapping[str, int]) -> None:
+        """Adds what another ingest wrote to `path`, and its counts."""
+        self.rows += sum(reasons.values())
+        self.reasons.update(reasons)
+        with open(path, "rb") as lines:
+            for line in islice(lines, self._limit - self.kept):
+                self._file.write(line)
+                self.kept += 1
 
 
 def raw_text(raw: Any) -> str:

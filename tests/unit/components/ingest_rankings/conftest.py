@@ -11,10 +11,10 @@ import pytest
 from components.ingest_rankings.personal_data.policy import PersonalData
 from components.ingest_rankings.quarantine import Quarantine
 from components.ingest_rankings.raters import Raters, salt_of
+from components.ingest_rankings.reading import all_rows, sort_out
 from components.ingest_rankings.snapshot import Snapshot, SnapshotWriter
 from components.ingest_rankings.sources import find_source
-from components.ingest_rankings.stage import Config, sort_out
-from components.ingest_rankings.stage import _all_rows as all_rows
+from components.ingest_rankings.stage import Config
 from components.rlhf.records import Ranking, iterate_snapshot
 from components.services.storage import Storage
 
