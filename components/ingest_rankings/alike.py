@@ -24,6 +24,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from components.ingest_rankings.beside import Beside
 from components.ingest_rankings.likeness import how_near, near_keys, near_owner, near_text, same_key, turns_of
 from components.ingest_rankings.quarantine import Quarantine
 from components.ingest_rankings.rows import Rejected
@@ -80,6 +81,7 @@ class Alike:
         self._known_rater = bytearray()
         self._texts: list[tuple[str, bytes]] = []
         self._added = 0
+        self._beside = Beside()
         self._compared = 0
         self._examples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
         self._places_file = open(folder / "places", "wb")
@@ -90,6 +92,7 @@ class Alike:
         }
 
     def close(self) -> None:
+        self._beside.close()
         self._places_file.close()
         for files in self._files.values():
             for file in files:
@@ -108,29 +111,33 @@ class Alike:
             self._files["last_turn"][turns.before[0] >> 4].write(turns.before + turns.last + number)
         self._added += 1
         if self._policies.near_duplicates != "keep":
-            self._texts.append((near_text(ranking), near_owner(ranking)))
+            self._texts.append((near_text(ranking), near_owner(ranking.rater_id, ranking.criterion)))
             if len(self._texts) >= _BATCH:
-                self._write_bands()
+                self._pass_on()
 
-    def _write_bands(self) -> None:
-        if not self._texts:
-            return
-        keys = near_keys(self._texts)
+    def _pass_on(self) -> None:
+        if self._texts:
+            self._beside.call(self._write_bands, self._texts, self._added)
+            self._texts = []
+
+    def _write_bands(self, texts: list[tuple[str, bytes]], added: int) -> None:
+        """Writes the band keys of the last of so many rankings."""
+        keys = near_keys(texts)
         bands = np.empty(keys.size, dtype=_BAND)
         bands["key"] = keys.ravel()
-        bands["number"] = np.repeat(np.arange(self._added - len(keys), self._added, dtype=np.uint32), keys.shape[1])
+        bands["number"] = np.repeat(np.arange(added - len(keys), added, dtype=np.uint32), keys.shape[1])
         file = (bands["key"] >> _BAND_BITS).astype(np.int64)
         ends = np.cumsum(np.bincount(file, minlength=_FILES["near_duplicates"]))
         parts = np.split(bands[np.argsort(file, kind="stable")], ends[:-1])
         for part, target in zip(parts, self._files["near_duplicates"], strict=True):
             target.write(part.tobytes())
-        self._texts = []
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
     def find(self) -> None:
         """Finds what is alike among all that was added, and writes what must go by the files of the sort."""
-        self._write_bands()
+        self._pass_on()
+        self._beside.finish()
         self.close()
         self._places: Any = np.memmap(self._folder / "places", dtype=_PLACE, mode="r") if self._added else np.empty(0, _PLACE)
         self._origin_names = list(self._origins)

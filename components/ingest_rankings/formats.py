@@ -347,5 +347,8 @@ def _ranks_of_scores(scores: Any) -> list[int]:
 
 def dense(ranks: Sequence[int]) -> list[int]:
     """The same order, ranks without gaps: 1, 1, 3 is 1, 1, 2."""
-    places = {rank: place for place, rank in enumerate(sorted(set(ranks)), 1)}
+    distinct = set(ranks)
+    if len(distinct) == max(ranks, default=0) and min(ranks, default=1) == 1:
+        return list(ranks)
+    places = {rank: place for place, rank in enumerate(sorted(distinct), 1)}
     return [places[rank] for rank in ranks]

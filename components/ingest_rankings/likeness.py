@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from components.ingest_rankings.formats import dense
 from components.rlhf.near_duplicates import band_keys, mix, shingles, similarity
 from components.rlhf.records import Message, Ranking
 
+_SPACES = bytes(number for number in range(128) if chr(number).isspace())
 SEARCHED_CHARACTERS = 256  # at the end of a conversation, whose MinHash finds candidates; 10 microseconds for 200 of them
 
 
@@ -30,17 +31,18 @@ class Turns(NamedTuple):
 
 def same_key(ranking: Ranking) -> bytes:
     """16 bytes, equal for two rankings that are the same."""
-    turns = [(message["role"], _plain(message["content"])) for message in ranking.prompt]
-    preferred = sorted(zip(dense(ranking.ranks), map(_plain, ranking.completions), strict=True))
-    return _digest([ranking.rater_id, ranking.criterion, turns, preferred], 16)
+    turns = [part for message in ranking.prompt for part in (message["role"].encode(), _bare(message["content"]))]
+    preferred = sorted(zip(dense(ranking.ranks), map(_bare, ranking.completions), strict=True))
+    ordered = [part for rank, text in preferred for part in (rank.to_bytes(4, "big"), text)]
+    return _digest([ranking.rater_id.encode(), (ranking.criterion or "").encode(), b"%d" % len(turns), *turns, *ordered], 16)
 
 
 def turns_of(prompt: Sequence[Message]) -> Turns | None:
     """None for a conversation of one turn: a shared system message makes no shared conversation."""
     if not any(message["role"] == "user" for message in prompt[:-1]):
         return None
-    plain = [(message["role"], _plain(message["content"])) for message in prompt]
-    return Turns(_digest(plain[:-1], 8), _digest(plain[-1], 8))
+    parts = [part for message in prompt for part in (message["role"].encode(), _bare(message["content"]))]
+    return Turns(_digest(parts[:-2], 8), _digest(parts[-2:], 8))
 
 
 def near_keys(rankings: Sequence[tuple[str, bytes]]) -> NDArray[np.uint64]:
@@ -55,9 +57,10 @@ def near_text(ranking: Ranking) -> str:
     return "\n".join(message["content"] for message in ranking.prompt)[-SEARCHED_CHARACTERS:]
 
 
-def near_owner(ranking: Ranking) -> bytes:
+@lru_cache(maxsize=100_000)
+def near_owner(rater_id: str, criterion: str | None) -> bytes:
     """Near duplicates are looked for among the rankings of one rater by one criterion."""
-    return _digest([ranking.rater_id, ranking.criterion], 8)
+    return _digest([rater_id.encode(), (criterion or "").encode()], 8)
 
 
 def how_near(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -79,9 +82,10 @@ def _parts(record: dict[str, Any]) -> dict[tuple[int, int], str]:
     return parts | {(rank, place): text for rank, texts in levels.items() for place, text in enumerate(sorted(texts))}
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split())
+def _bare(text: str) -> bytes:
+    """The text without white space."""
+    return text.encode().translate(None, _SPACES) if text.isascii() else "".join(text.split()).encode()
 
 
-def _digest(value: Any, size: int) -> bytes:
-    return hashlib.blake2b(orjson.dumps(value), digest_size=size).digest()
+def _digest(parts: Sequence[bytes], size: int) -> bytes:
+    return hashlib.blake2b(b"".join([len(part).to_bytes(4, "big") + part for part in parts]), digest_size=size).digest()

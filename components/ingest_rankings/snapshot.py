@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from pyarrow.json import ParseOptions, ReadOptions, read_json
 
 from components.ingest_rankings.alike import UNLOOKED, Alike, Policies
+from components.ingest_rankings.beside import Beside
 from components.ingest_rankings.formats import canonical
 from components.ingest_rankings.quarantine import Quarantine
 from components.rlhf.records import SCHEMA, Ranking
@@ -223,14 +224,19 @@ class _Parts:
         self._records: list[bytes] = []
         self._bytes = self._part_rows = self._part_bytes = self._parts = 0
         self._writer: pq.ParquetWriter | None = None
+        self._beside = Beside()
 
     def __enter__(self) -> _Parts:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self._flush()
-        self._end_part()
+        try:
+            if kind is None:
+                self._flush()
+                self._beside.finish()
+        finally:
+            self._beside.close()
+            self._end_part()
 
     def append(self, record: bytes) -> None:
         self._records.append(record)
@@ -238,20 +244,23 @@ class _Parts:
         if len(self._records) >= GROUP_ROWS or self._bytes >= GROUP_BYTES:
             self._flush()
             if self._part_rows >= PART_ROWS or self._part_bytes >= PART_BYTES:
-                self._end_part()
+                self._part_rows = self._part_bytes = 0
+                self._beside.call(self._end_part)
 
     def _flush(self) -> None:
-        if not self._records:
-            return
+        if self._records:
+            self._beside.call(self._write, self._records)
+            self._part_rows, self._part_bytes = self._part_rows + len(self._records), self._part_bytes + self._bytes
+            self._records, self._bytes = [], 0
+
+    def _write(self, records: list[bytes]) -> None:
         if self._writer is None:
             path = self._folder / f"part-{self._parts:05d}.parquet"
             self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
-            self._parts, self._part_rows, self._part_bytes = self._parts + 1, 0, 0
-        table = _table(self._records)
+            self._parts += 1
+        table = _table(records)
         self._facts.count(table)
         self._writer.write_table(table)
-        self._part_rows, self._part_bytes = self._part_rows + len(self._records), self._part_bytes + self._bytes
-        self._records, self._bytes = [], 0
 
     def _end_part(self) -> None:
         if self._writer is not None:
