@@ -50,11 +50,14 @@ def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Co
             assert profile.simulated is not None
             console.print("The rankings are simulated: requests, replies and raters come from a grammar.", highlight=False)
             rankings = upload_simulated(storage, services.storage_root, profile.simulated.rankings, profile.simulated.seed)
+        from components.ingest_rankings.raters import salt_fingerprint, salt_of
         from components.ingest_rankings.sources import source_fingerprint
         from components.ppo_finetune.pretraining import read_texts
         from components.train_sft.stage import fingerprint_of
 
-        fingerprint = source_fingerprint(rankings)
+        reading = profile.stages["ingest_rankings"]
+        salt = salt_fingerprint(salt_of(reading["rater_ids"], reading["rater_salt_variable"]))
+        fingerprint = json_digest([source_fingerprint(rankings), salt]) if salt else source_fingerprint(rankings)
         sft_fingerprint = fingerprint_of(sources.demonstrations, profile.stages["train_sft"]["base_model"], storage)
         pretraining_fingerprint = json_digest(read_texts(sources.pretraining, storage)) if sources.pretraining else ""
         parent = open_parent(profile, rankings, graph)

@@ -30,6 +30,7 @@ from components.services.exits import DoNotRetry, Retry
 from pipelines.watchdog import Watchdog
 
 BUCKET = "rankloop"
+SALT_VARIABLE = "RANKLOOP_RATER_SALT"  # of the raters' pseudonyms; `ingest_rankings.rater_salt_variable` names another one
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 MINIMUM_FREE_BYTES = 512 * 2**20  # SeaweedFS goes read-only on a full disk, and then every write fails in its own way
@@ -52,7 +53,7 @@ class LocalServices:
 
     Attributes:
         home: folder of all data.
-        environment: variables by which a stage finds the servers.
+        environment: variables by which a stage finds the servers, and the salt of the raters' pseudonyms, kept in the folder.
         storage_root: S3 URI below which artifacts go.
         tracking_uri: address of the MLflow server, also of its web pages.
         attached: whether the servers belong to somebody else and are left running.
@@ -73,6 +74,8 @@ class LocalServices:
         self._lock = open(self.home / "lock", "w", encoding="utf-8")
         try:
             self._attach() if not self._locked() else self._start()
+            salt = os.environ.get(SALT_VARIABLE) or _kept_secret(self.home / "rater-salt")
+            self.environment = {**self.environment, SALT_VARIABLE: salt}
         except BaseException:
             self.stop()
             raise
@@ -312,6 +315,17 @@ def _answers(url: str, expected: int = 200) -> bool:
         return error.code == expected
     except OSError:
         return False
+
+
+def _kept_secret(path: Path) -> str:
+    """A random text that only this user can read, made by whoever comes first and the same ever after."""
+    if not path.exists():
+        made = path.with_name(f"{path.name}-{os.getpid()}")
+        _write_private(made, secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(made, path)
+        made.unlink()
+    return path.read_text(encoding="utf-8")
 
 
 def _write_private(path: Path, text: str) -> None:

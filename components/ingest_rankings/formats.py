@@ -30,6 +30,7 @@ from components.ingest_rankings.fields import (
     policies_of,
     utc_time,
 )
+from components.ingest_rankings.raters import EVERYBODY_KEPT, Raters
 from components.ingest_rankings.rows import Rejected, shown
 from components.rlhf.records import ROLES, UNKNOWN_RATER, Message, Ranking, Split
 
@@ -64,7 +65,12 @@ class Parsed(NamedTuple):
 
 
 def parse(
-    row: dict[str, Any], form: str, source: str, test_fraction: float, columns: Export | None = None
+    row: dict[str, Any],
+    form: str,
+    source: str,
+    test_fraction: float,
+    columns: Export | None = None,
+    raters: Raters = EVERYBODY_KEPT,
 ) -> Iterator[Parsed | Rejected]:
     """The rankings of a row: one, unless it is an export's with the judgements of several raters. What is none is `Rejected`.
 
@@ -75,11 +81,12 @@ def parse(
         source: the ranking's source where the row names none.
         test_fraction: share of the openings whose rankings are held out, where the row names no split.
         columns: a column map, by which the row is read whatever its form.
+        raters: what they are called.
     """
     try:
         name = COLUMNS if columns else recognise(row) if form == "auto" else form
         if (export := columns or EXPORTS.get(name)) is None:
-            yield _parse(row, name, source, test_fraction)
+            yield _parse(row, name, source, test_fraction, raters)
             return
         if columns is None and not export.recognises(row):
             raise Rejected(f"not a row of {name}", f"fields {shown(sorted(map(str, row)))}")
@@ -92,7 +99,7 @@ def parse(
                 continue
             try:
                 form = "pairs" if native.get("chosen") is not None else "kway"
-                yield _parse(native, form, source, test_fraction)._replace(form=name, ignored=ignored)
+                yield _parse(native, form, source, test_fraction, raters)._replace(form=name, ignored=ignored)
             except Rejected as problem:
                 yield problem
         if not found:  # each row is counted
@@ -101,19 +108,19 @@ def parse(
         yield problem
 
 
-def _parse(row: dict[str, Any], form: str, source: str, test_fraction: float) -> Parsed:
+def _parse(row: dict[str, Any], form: str, source: str, test_fraction: float, raters: Raters) -> Parsed:
     """The ranking of a row of a native form.
 
     Raises:
         Rejected: the row is not a ranking.
     """
     try:
-        return _checked(row, form, source, test_fraction)
+        return _checked(row, form, source, test_fraction, raters)
     except (UnicodeEncodeError, orjson.JSONEncodeError) as error:
         raise Rejected("a text is not valid Unicode", str(error)) from error
 
 
-def _checked(row: dict[str, Any], form: str, source: str, test_fraction: float) -> Parsed:
+def _checked(row: dict[str, Any], form: str, source: str, test_fraction: float, raters: Raters) -> Parsed:
     if form in ("hh", "pairs"):
         prompt, completions = _pair(row, form)
         ranks, policies = [1, 2], row.get("policies")
@@ -123,18 +130,20 @@ def _checked(row: dict[str, Any], form: str, source: str, test_fraction: float) 
     check_prompt(prompt)
     check_completions(completions)
     check_ranks(ranks, len(completions))
+    rater_id = optional_text(row, "rater_id") or UNKNOWN_RATER
     content: dict[str, Any] = {
         "prompt": prompt,
         "completions": completions,
         "ranks": ranks,
-        "rater_id": optional_text(row, "rater_id") or UNKNOWN_RATER,
+        "rater_id": raters.named(rater_id),
         "source": optional_text(row, "source") or source,
         "collected_at": utc_time(row.get("collected_at")),
         "confidence": confidence_of(row.get("confidence")),
         "policies": policies_of(policies, len(completions)),
         "criterion": optional_text(row, "criterion"),
     }
-    ranking_id = optional_text(row, "ranking_id") or _digest(content)
+    given = optional_text(row, "ranking_id")
+    ranking_id = raters.in_ranking_id(given, rater_id) if given else _digest(content)
     ranking = Ranking(ranking_id=ranking_id, split=_split(row.get("split"), prompt, test_fraction), **content)
     ignored = _ignored(row, FIELDS[form]) + (_ignored_of_completions(row) if form == "kway" else [])
     return Parsed(ranking, form, ignored, row.get("split") is not None)
@@ -310,7 +319,7 @@ def _ranked(row: dict[str, Any], form: str) -> tuple[list[str], list[int], Any]:
     by_score = _ranks_of_scores(scores)
     if numbers is None:
         return completions, by_score, policies
-    if _dense(numbers) != _dense(by_score):
+    if dense(numbers) != dense(by_score):
         raise Rejected("ranks and scores disagree", f"{shown(numbers)} and {shown(scores)}")
     return completions, numbers, policies
 
@@ -336,6 +345,10 @@ def _ranks_of_scores(scores: Any) -> list[int]:
     return [first[score] for score in scores]
 
 
-def _dense(ranks: list[int]) -> list[int]:
-    places = {rank: place for place, rank in enumerate(sorted(set(ranks)), 1)}
+def dense(ranks: Sequence[int]) -> list[int]:
+    """The same order, ranks without gaps: 1, 1, 3 is 1, 1, 2."""
+    distinct = set(ranks)
+    if len(distinct) == max(ranks, default=0) and min(ranks, default=1) == 1:
+        return list(ranks)
+    places = {rank: place for place, rank in enumerate(sorted(distinct), 1)}
     return [places[rank] for rank in ranks]

@@ -26,6 +26,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from components.ingest_rankings.beside import ReadAhead
 from components.services.exits import DoNotRetry
 
 if sys.version_info >= (3, 14):
@@ -96,16 +97,21 @@ def read_rows(stream: BinaryIO, uri: str, scratch: Path, max_row_bytes: int) -> 
     buffered = io.BufferedReader(cast(io.RawIOBase, _Raw(stream)), READ_BYTES)
     start = buffered.peek(PEEK_BYTES)[:PEEK_BYTES]
     last = 0
+    ahead: ReadAhead | None = None
     try:
         if start.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
             unpacked = gzip.GzipFile(fileobj=buffered) if start.startswith(GZIP_MAGIC) else zstd.ZstdFile(buffered)
-            buffered = io.BufferedReader(cast(io.RawIOBase, unpacked), READ_BYTES)
+            ahead = ReadAhead(unpacked, READ_BYTES)
+            buffered = io.BufferedReader(cast(io.RawIOBase, _Raw(cast(BinaryIO, ahead))), READ_BYTES)
             start = buffered.peek(PEEK_BYTES)[:PEEK_BYTES]
         for row in _rows(buffered, start, uri, scratch, max_row_bytes):
             last = row.number
             yield row
     except _BROKEN_PACKING as error:
         raise DoNotRetry(f"{uri}: its compressed data breaks after row {last} ({error})", _CUT_OFF) from error
+    finally:
+        if ahead:
+            ahead.close()
 
 
 _CUT_OFF = "the file is cut off or damaged: copy it here again. Nothing was ingested, for the number of lost rows is unknown"

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.json import ParseOptions, ReadOptions, read_json
 
+from components.ingest_rankings.alike import UNLOOKED, Alike, Policies
+from components.ingest_rankings.beside import Beside
 from components.ingest_rankings.formats import canonical
+from components.ingest_rankings.quarantine import Quarantine
 from components.rlhf.records import SCHEMA, Ranking
 
 RECORD_FILES = 64  # with 10 million rankings 160,000 digests are sorted at a time, in 25 MB
@@ -50,8 +54,16 @@ class _Partitions:
         self.paths = [folder / f"{number:02x}" for number in range(files)]
         self._files = [open(path, "wb", buffering=_BUFFER_BYTES) for path in self.paths]
 
-    def append(self, data: bytes) -> None:
-        self._files[data[0] // self._width].write(data)
+    def append(self, data: bytes) -> int:
+        """Its offset in its file."""
+        file = self._files[data[0] // self._width]
+        offset = file.tell()
+        file.write(data)
+        return offset
+
+    def path_of(self, first: int) -> Path:
+        """The file of what begins with this byte."""
+        return self.paths[first // self._width]
 
     def close(self) -> None:
         for file in self._files:
@@ -63,10 +75,13 @@ class SnapshotWriter:
 
     Args:
         folder: an empty folder on a disk that holds all rankings as JSON.
+        policies: of rankings that are alike; `UNLOOKED` does not look for them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, policies: Policies = UNLOOKED) -> None:
         self.added = 0
+        self.alike = Alike(policies, folder / "alike", self._record_at)
+        self._read: dict[Path, BinaryIO] = {}
         self._records = _Partitions(folder / "records", RECORD_FILES)
         self._prompts = _Partitions(folder / "prompts", COUNT_FILES)
         self._raters = _Partitions(folder / "raters", COUNT_FILES)
@@ -77,14 +92,19 @@ class SnapshotWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
+        self.alike.close()
+        self._close_read()
 
     def _close(self) -> None:
         for partitions in (self._records, self._prompts, self._raters):
             partitions.close()
 
-    def add(self, ranking: Ranking) -> None:
+    def add(self, ranking: Ranking, origin: str = "", row: int = 0) -> None:
+        """Takes a ranking that stands in `row` of the file `origin`."""
         record = canonical(ranking._asdict())
-        self._records.append(hashlib.sha256(record).digest() + len(record).to_bytes(4, "big") + record)
+        digest = hashlib.sha256(record).digest()
+        offset = self._records.append(digest + len(record).to_bytes(4, "big") + record)
+        self.alike.add(ranking, digest, offset, origin, row)
         self._prompts.append(hashlib.sha256(orjson.dumps(ranking.prompt)).digest())
         if ranking.rater_id not in self._known_raters:
             if len(self._known_raters) >= RATERS_KNOWN:
@@ -92,6 +112,25 @@ class SnapshotWriter:
             self._known_raters.add(ranking.rater_id)
             self._raters.append(hashlib.sha256(ranking.rater_id.encode()).digest())
         self.added += 1
+
+    def _close_read(self) -> None:
+        for file in self._read.values():
+            file.close()
+
+    def _record_at(self, first: int, offset: int) -> bytes:
+        """The record of the sort's file for digests with this first byte that was added at `offset`."""
+        path = self._records.path_of(first)
+        if path not in self._read:
+            self._read[path] = open(path, "rb", buffering=0)
+        head = os.pread(self._read[path].fileno(), DIGEST_BYTES + 4, offset)
+        return os.pread(self._read[path].fileno(), int.from_bytes(head[DIGEST_BYTES:], "big"), offset + len(head))
+
+    def kept_records(self, quarantine: Quarantine) -> Iterator[tuple[bytes, bytes]]:
+        """`sorted_records` without those that the policies for rankings that are alike drop or quarantine."""
+        self._close()
+        self.alike.find()
+        self._close_read()
+        return self.alike.kept(self.sorted_records(), quarantine)
 
     def sorted_records(self) -> Iterator[tuple[bytes, bytes]]:
         """(digest, canonical JSON) of every distinct ranking, in order of digest. To be read once: files go when done."""
@@ -185,14 +224,19 @@ class _Parts:
         self._records: list[bytes] = []
         self._bytes = self._part_rows = self._part_bytes = self._parts = 0
         self._writer: pq.ParquetWriter | None = None
+        self._beside = Beside()
 
     def __enter__(self) -> _Parts:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self._flush()
-        self._end_part()
+        try:
+            if kind is None:
+                self._flush()
+                self._beside.finish()
+        finally:
+            self._beside.close()
+            self._end_part()
 
     def append(self, record: bytes) -> None:
         self._records.append(record)
@@ -200,20 +244,23 @@ class _Parts:
         if len(self._records) >= GROUP_ROWS or self._bytes >= GROUP_BYTES:
             self._flush()
             if self._part_rows >= PART_ROWS or self._part_bytes >= PART_BYTES:
-                self._end_part()
+                self._part_rows = self._part_bytes = 0
+                self._beside.call(self._end_part)
 
     def _flush(self) -> None:
-        if not self._records:
-            return
+        if self._records:
+            self._beside.call(self._write, self._records)
+            self._part_rows, self._part_bytes = self._part_rows + len(self._records), self._part_bytes + self._bytes
+            self._records, self._bytes = [], 0
+
+    def _write(self, records: list[bytes]) -> None:
         if self._writer is None:
             path = self._folder / f"part-{self._parts:05d}.parquet"
             self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
-            self._parts, self._part_rows, self._part_bytes = self._parts + 1, 0, 0
-        table = _table(self._records)
+            self._parts += 1
+        table = _table(records)
         self._facts.count(table)
         self._writer.write_table(table)
-        self._part_rows, self._part_bytes = self._part_rows + len(self._records), self._part_bytes + self._bytes
-        self._records, self._bytes = [], 0
 
     def _end_part(self) -> None:
         if self._writer is not None:

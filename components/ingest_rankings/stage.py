@@ -11,7 +11,7 @@ accepted + duplicates + quarantined = read, always.
 
     1  find the files of the source, and of an S3 prefix those that were not read before
     2  read each row: a ranking goes to the sort, anything else to quarantine; the parent's rankings go to the sort, too
-    3  sort by digest, drop duplicates, write Parquet
+    3  find rankings that are alike, sort by digest, drop duplicates, write Parquet
     4  check that the counts add up
     5  publish the snapshot, then the report
 
@@ -25,30 +25,31 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from components.ingest_rankings.alike import UNLOOKED, Near, Policies, SameRanking
 from components.ingest_rankings.exports.columns import column_map
-from components.ingest_rankings.exports.export import Export
-from components.ingest_rankings.formats import FORMS, Parsed, parse
+from components.ingest_rankings.formats import FORMS
 from components.ingest_rankings.groups import Grouping
 from components.ingest_rankings.personal_data.find import check_region
 from components.ingest_rankings.personal_data.policy import PersonalData, Policy
 from components.ingest_rankings.quarantine import Quarantine
-from components.ingest_rankings.rows import DECLINED, Rejected, Row, shown
+from components.ingest_rankings.raters import Raters, salt_of
+from components.ingest_rankings.reading import NAMES_KEPT, all_rows, sort_out
+from components.ingest_rankings.rows import DECLINED
+from components.ingest_rankings.shards import WHOLE, files_of, reports_of, shard_of, take_over, together
 from components.ingest_rankings.snapshot import SnapshotWriter
-from components.ingest_rankings.sources import Source, SourceFile, find_source
-from components.ingest_rankings.watermark import Watermark, changed, load, refuse, save, verify, watermark_uri
+from components.ingest_rankings.sources import find_source
+from components.ingest_rankings.watermark import Watermark, before_this, save
 from components.rlhf.records import iterate_snapshot
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
-from components.services.storage import MARKER, join
-
-NAMES_KEPT = 100  # of ignored fields, and of skipped files, in the report
+from components.services.storage import MARKER, StoredObject, join
 
 _log = logging.getLogger(__name__)
 
@@ -66,10 +67,22 @@ class Config(Settings):
     """Source of a ranking whose row names none, such as the labelling project."""
     test_fraction: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the prompts held out; rankings whose conversations open alike fall on one side. A row's own split wins."""
+    rater_ids: Literal["hashed", "kept"] = "hashed"
+    """Raters' ids: hashed with a salt, or kept, for ids that are pseudonyms already."""
+    rater_salt_variable: str = Field("RANKLOOP_RATER_SALT", min_length=1)
+    """Environment variable that holds the salt, a secret of 16 characters or more."""
     personal_data: Policy = "report"
     """What to do with e-mail addresses, phone, card and account numbers and keys in texts: report, mask, quarantine or off."""
     phone_region: str = ""
     """Country (ISO 3166, two letters) whose phone numbers are found as written there. Empty: only those with + and code."""
+    same_ranking: SameRanking = "drop"
+    """One rater's same ranking under another id, source or time: drop all but one, report them, or keep unlooked for."""
+    near_duplicates: Near = "report"
+    """One rater's nearly the same rankings: report them, quarantine all but one, or keep unlooked for."""
+    last_turn: Near = "report"
+    """Conversations that differ in the last turn only: report them, quarantine all but one, or keep unlooked for."""
+    shard: str = WHOLE
+    """The part of the files that this ingest reads, i/n from 1/n to n/n; the reports of all n are then merged into one."""
     known_files: Literal["skip", "verify", "reread"] = "skip"
     """Files of an S3 prefix that an earlier ingest read: skip by ETag and size; verify their SHA-256, too; reread as if new."""
     changed_files: Literal["fail", "reread"] = "fail"
@@ -79,12 +92,28 @@ class Config(Settings):
     max_quarantined: int = Field(10_000, ge=0)
     """Rows kept in quarantine.jsonl; further ones are counted with their reasons but not kept."""
 
+    def policies(self) -> Policies:
+        """A shard looks for nothing that is alike: it may lie in another one."""
+        return UNLOOKED if self.shard != WHOLE else Policies(self.same_ranking, self.near_duplicates, self.last_turn)
+
     @field_validator("format")
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in FORMS:
             raise ValueError(f"no form {name!r}; there are {', '.join(FORMS)}")
         return name
+
+    @field_validator("shard")
+    @classmethod
+    def _shard(cls, shard: str) -> str:
+        shard_of(shard)
+        return shard
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Config:
+        if self.group and self.shard != WHOLE:
+            raise ValueError(f"shard {self.shard} with group: rows of a group may lie in files of other shards; read all in one")
+        return self
 
     @field_validator("columns")
     @classmethod
@@ -111,6 +140,8 @@ class Inputs(Settings):
 
     rankings: str
     """Local file or folder, s3://bucket/prefix, or hf://name[@revision][:split]."""
+    shard_reports: tuple[str, ...] = ()
+    """Ingest reports of all shards of the source, each i/n once: their snapshots are merged, and no file is read."""
     fingerprint: str = ""
     """Digest of the source (`sources.source_fingerprint`); unused here, it makes an orchestrator's cache key follow the content."""
 
@@ -122,191 +153,158 @@ class Outputs(NamedTuple):
     ingest_uri: str
 
 
-class FileReport(NamedTuple):
-    """Rows of one file; `formats` counts those that are rankings by their form."""
+class Gathered(NamedTuple):
+    """What was read, now and before.
 
-    file: SourceFile
-    rows: int
-    formats: dict[str, int]
+    Fields:
+        read, duplicates, reasons: rows, and what became of those that did not come to the sort this time.
+        report: what the ingest report says of files and fields.
+        content: the objects of an S3 prefix, so that the report of another content has another name.
+        parents: for the report: snapshot and report of the ingestion before, or the shards' reports.
+        snapshots: for the snapshot, by name: those whose rankings it took over.
+        mark_uri, known: where the watermark goes ("" for none), and the files of the one before.
+    """
 
-    def as_dict(self) -> dict[str, Any]:
-        """What the report and the watermark hold of it."""
-        stored = self.file.stored
-        of_object = {} if stored is None else stored._asdict() | {"sha256": self.file.sha256.hexdigest()}
-        return {"uri": self.file.uri, "rows": self.rows, "formats": self.formats, **of_object}
+    read: int
+    duplicates: int
+    reasons: Mapping[str, int]
+    report: dict[str, Any]
+    content: Sequence[StoredObject]
+    parents: dict[str, Any]
+    snapshots: dict[str, str]
+    mark_uri: str = ""
+    known: Mapping[str, dict[str, Any]] = MappingProxyType({})
 
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     """Ingests `inputs.rankings`.
 
     Raises:
-        DoNotRetry: nothing to read, a damaged file, no access, or not one ranking among the rows.
+        DoNotRetry: no salt, nothing to read, a damaged file, no access, or not one ranking among the rows.
         Retry: the object store or the hub cannot be reached.
     """
-    # 1. find
-    source = find_source(inputs.rankings, context.storage, context.scratch, config.max_row_bytes)
-    for name in source.skipped[:NAMES_KEPT]:
-        _log.info("skipped, not a data file: %s", name)
-    mark_uri, before = _before(config, inputs, source, context)
-    known = before.files if before else {}
-    new = source._replace(files=[file for file in source.files if file.uri not in known])
+    raters = Raters(salt_of(config.rater_ids, config.rater_salt_variable), config.columns)
     quarantine_path = context.scratch / "report" / "quarantine.jsonl"
     quarantine_path.parent.mkdir()
-    ignored: Counter[str] = Counter()
     personal = PersonalData(config.personal_data, config.phone_region, config.test_fraction)
     with (
-        Quarantine(quarantine_path, config.max_quarantined, personal) as quarantine,
-        SnapshotWriter(context.scratch / "sort") as writer,
+        Quarantine(quarantine_path, config.max_quarantined, personal, raters) as quarantine,
+        SnapshotWriter(context.scratch / "sort", config.policies()) as writer,
     ):
-        # 2. read
-        rows = context.progress.track(_all_rows(new), None, "rows read")
-        files = sort_out(new, rows, config, writer, quarantine, personal, ignored, context.scratch / "groups")
-        if before:
-            context.storage.fetch_folder(before.snapshot_uri, context.scratch / "parent")
-            for ranking in iterate_snapshot(context.scratch / "parent"):
-                writer.add(ranking)
+        # 1. find, 2. read
+        if inputs.shard_reports:
+            gathered = _merged(config, inputs, raters, writer, quarantine, context)
+        else:
+            gathered = _read(config, inputs, raters, personal, writer, quarantine, context)
         # 3. sort
-        records = context.progress.track(writer.sorted_records(), None, "rankings written")
+        records = context.progress.track(writer.kept_records(quarantine), None, "rankings written")
         snapshot = writer.write(records, context.scratch / "snapshot")
     if quarantine.rows:
         context.tracker.artifact(quarantine_path)
     # 4. count
-    reasons = quarantine.reasons + Counter(before.reasons if before else {})
-    read = sum(file.rows for file in files) + (before.read if before else 0)
-    duplicates = writer.added - snapshot.rankings + (before.duplicates if before else 0)
-    check_counts(read, snapshot.rankings, duplicates, reasons.total())
-    if not snapshot.rankings:
+    reasons = quarantine.reasons + Counter(gathered.reasons)
+    duplicates = writer.added - writer.alike.quarantined - snapshot.rankings + gathered.duplicates
+    check_counts(gathered.read, snapshot.rankings, duplicates, reasons.total())
+    if not snapshot.rankings and config.shard == WHOLE:
         raise DoNotRetry(
-            f"rankings = {inputs.rankings!r}: no ranking in {read} rows of {len(files)} files"
+            f"rankings = {inputs.rankings!r}: no ranking in {gathered.read} rows of {len(gathered.report['files'])} files"
             + "".join(f"\n  {example}" for example in quarantine.examples),
             "correct the rows, or name their form with the option format; components/ingest_rankings/README.md shows each",
         )
     # 5. publish
-    described = [known[file.uri] for file in source.files if file.uri in known] + [file.as_dict() for file in files]
-    snapshot_uri, ingest_uri = context.uri("rankings", snapshot.digest), _ingest_uri(source, context)
-    parents = {"snapshot": before.snapshot_uri} if before and before.snapshot_uri != snapshot_uri else {}
+    snapshot_uri = context.uri("rankings", snapshot.digest)
+    ingest_uri = context.uri("ingests", json_digest([context.key, raters.fingerprint, *gathered.content])[:32])
+    parents = {name: uri for name, uri in gathered.snapshots.items() if uri != snapshot_uri}
     if context.storage.is_published(snapshot_uri):
         _log.info("the snapshot is there already: %s", snapshot_uri)
     else:
         context.storage.publish_folder(context.scratch / "snapshot", snapshot_uri, {**snapshot.marker, "parents": parents})
-    counts = {"read": read, "accepted": snapshot.rankings, "duplicates": duplicates, "quarantined": reasons.total()}
+    counts = {"read": gathered.read, "accepted": snapshot.rankings, "duplicates": duplicates, "quarantined": reasons.total()}
     report = context.marker(
         "ingest",
         **counts,
         declined=reasons[DECLINED],
         quarantine_kept=quarantine.kept,
         reasons=dict(reasons.most_common()),
-        new={"files": len(files), "read": sum(file.rows for file in files), "quarantined": quarantine.rows},
-        files=sorted(described, key=lambda file: file["uri"]),
-        skipped=source.skipped[:NAMES_KEPT],
-        skipped_files=len(source.skipped),
-        ignored_fields=dict(ignored.most_common()),
-        personal_data=personal.report(),
+        **gathered.report,
+        alike=writer.alike.report(),
+        rater_salt_fingerprint=raters.fingerprint,
         snapshot_uri=snapshot_uri,
-        parents={"snapshot": before.snapshot_uri, "ingest": before.ingest_uri} if before else {},
+        parents=gathered.parents,
     )
     context.storage.delete(join(ingest_uri, MARKER))  # of an earlier attempt: its report must not stand for this one
     context.storage.publish_folder(quarantine_path.parent, ingest_uri, report)
-    if mark_uri:
-        by_name = known | {file["uri"]: file for file in described}
-        mark = Watermark(snapshot_uri, ingest_uri, read, duplicates, reasons.total(), dict(reasons), by_name)
-        save(context.storage, mark_uri, mark)
+    if gathered.mark_uri:
+        files = {**gathered.known, **{file["uri"]: file for file in gathered.report["files"]}}
+        mark = Watermark(
+            snapshot_uri, ingest_uri, gathered.read, duplicates, reasons.total(), dict(reasons), files, raters.fingerprint
+        )
+        save(context.storage, gathered.mark_uri, mark)
     context.summary.update(counts, rankings=snapshot.rankings)
     return Outputs(snapshot_uri, ingest_uri)
 
 
-def _before(config: Config, inputs: Inputs, source: Source, context: Context) -> tuple[str, Watermark | None]:
-    """Where the watermark is kept, and the ingestion before, if its files are what they were. Rows in groups may be in any file.
-
-    Raises:
-        DoNotRetry: a known file has changed.
-    """
-    if config.group or not any(file.stored for file in source.files):
-        return "", None
-    uri = watermark_uri(context, config, inputs.rankings)
-    before = load(context.storage, uri) if config.known_files != "reread" else None
-    if before is None:
-        return uri, None
-    lines = changed(source.files, before)
-    if not lines and config.known_files == "verify":
-        there = {file.uri for file in source.files}
-        lines = [line for name, known in before.files.items() if name in there and (line := verify(context.storage, known))]
-    if lines and config.changed_files == "reread":
-        _log.warning("every file is read again, for some changed: %s", "; ".join(lines[:NAMES_KEPT]))
-        return uri, None
-    refuse(lines, inputs.rankings)
-    if gone := before.files.keys() - {file.uri for file in source.files}:
-        _log.warning("%d files are gone whose rankings stay: %s", len(gone), ", ".join(sorted(gone)[:NAMES_KEPT]))
-    return uri, before
-
-
-def _ingest_uri(source: Source, context: Context) -> str:
-    """Of the report: by what was asked for, and by the content of an S3 prefix, so that no later report replaces this one."""
-    stored = [file.stored for file in source.files if file.stored]
-    return context.uri("ingests", json_digest([context.key, *stored])[:32] if stored else "")
-
-
-def _all_rows(source: Source) -> Iterator[tuple[SourceFile, Row]]:
-    for file in source.files:
-        for row in file.rows():
-            yield file, row
-
-
-def sort_out(
-    source: Source,
-    rows: Iterator[tuple[SourceFile, Row]],
+def _read(
     config: Config,
+    inputs: Inputs,
+    raters: Raters,
+    personal: PersonalData,
     writer: SnapshotWriter,
     quarantine: Quarantine,
-    personal: PersonalData,
-    ignored: Counter[str],
-    groups: Path,
-) -> list[FileReport]:
-    """Gives each ranking to `writer`, what is none to `quarantine`, and returns the files' counts.
-
-    A row of an export that holds the judgements of several raters counts as so many, and so does a group of rows. `ignored` counts
-    the fields that no form has. `groups` is a folder for rows that wait for others.
-    """
-    columns = column_map(config.columns) if config.columns else None
-    read: Counter[str] = Counter()
-    forms: dict[str, Counter[str]] = {file.uri: Counter() for file in source.files}
-
-    def sort_one(file: str, row: Row) -> None:
-        for parsed in _rankings(row, config, columns):
-            read[file] += 1
-            parsed = personal.applied(file, row.number, parsed)
-            if isinstance(parsed, Rejected):
-                quarantine.add(file, row.number, parsed, row.raw)
-                continue
-            writer.add(parsed.ranking)
-            forms[file][parsed.form] += 1
-            for name in parsed.ignored:
-                if name in ignored or len(ignored) < NAMES_KEPT:
-                    ignored[name] += 1
-
-    with Grouping(config.group, groups) if config.group else nullcontext() as grouping:
-        for file, row in rows:
-            if grouping is None or row.problem is not None or not isinstance(row.value, dict):
-                sort_one(file.uri, row)
-                continue
-            try:
-                grouping.add(file.uri, row.number, row.value)
-            except Rejected as problem:
-                read[file.uri] += 1
-                quarantine.add(file.uri, row.number, problem, row.raw)
-        for group in grouping.groups() if grouping is not None else ():
-            sort_one(group.file, group.row)
-    for name, count in ignored.most_common(10):
-        _log.warning("field %s of %d rows is not part of a ranking and is left out", name, count)
-    return [FileReport(file, read[file.uri], dict(forms[file.uri])) for file in source.files]
+    context: Context,
+) -> Gathered:
+    """Reads the files of the source that were not read before, and the parent's rankings."""
+    source = find_source(inputs.rankings, context.storage, context.scratch, config.max_row_bytes)
+    for name in source.skipped[:NAMES_KEPT]:
+        _log.info("skipped, not a data file: %s", name)
+    source = files_of(source, inputs.rankings, shard_of(config.shard))
+    mark_uri, before = before_this(config, inputs.rankings, source, raters.fingerprint, context)
+    known = before.files if before else {}
+    new = source._replace(files=[file for file in source.files if file.uri not in known])
+    ignored: Counter[str] = Counter()
+    rows = context.progress.track(all_rows(new), None, "rows read")
+    files = sort_out(new, rows, config, writer, quarantine, personal, raters, ignored, context.scratch / "groups")
+    if before:
+        context.storage.fetch_folder(before.snapshot_uri, context.scratch / "parent")
+        for row, ranking in enumerate(iterate_snapshot(context.scratch / "parent"), 1):
+            writer.add(ranking, before.snapshot_uri, row)
+    read = sum(file.rows for file in files)
+    described = [known[file.uri] for file in source.files if file.uri in known] + [file.as_dict() for file in files]
+    return Gathered(
+        read=read + (before.read if before else 0),
+        duplicates=before.duplicates if before else 0,
+        reasons=before.reasons if before else {},
+        report={
+            "new": {"files": len(files), "read": read, "quarantined": quarantine.rows},
+            "files": sorted(described, key=lambda file: file["uri"]),
+            "skipped": source.skipped[:NAMES_KEPT],
+            "skipped_files": len(source.skipped),
+            "ignored_fields": dict(ignored.most_common()),
+            "personal_data": personal.report(),
+        },
+        content=[file.stored for file in source.files if file.stored],
+        parents={"snapshot": before.snapshot_uri, "ingest": before.ingest_uri} if before else {},
+        snapshots={"snapshot": before.snapshot_uri} if before else {},
+        mark_uri=mark_uri,
+        known=known,
+    )
 
 
-def _rankings(row: Row, config: Config, columns: Export | None) -> Iterable[Parsed | Rejected]:
-    if row.problem is not None:
-        return [row.problem]
-    if not isinstance(row.value, dict):
-        return [Rejected("not an object", shown(row.value))]
-    return parse(row.value, config.format, config.source, config.test_fraction, columns)
+def _merged(
+    config: Config, inputs: Inputs, raters: Raters, writer: SnapshotWriter, quarantine: Quarantine, context: Context
+) -> Gathered:
+    """Takes over what the shards read."""
+    reports = reports_of(inputs.shard_reports, config, inputs.rankings, raters.fingerprint, context)
+    take_over(reports, writer, quarantine, context)
+    return Gathered(
+        read=sum(report["read"] for report in reports.values()),
+        duplicates=sum(report["duplicates"] for report in reports.values()),
+        reasons={},  # the quarantine has them
+        report=together(reports.values()),
+        content=[],
+        parents={"shards": list(reports)},
+        snapshots={f"shard {report['config']['shard']}": report["snapshot_uri"] for report in reports.values()},
+    )
 
 
 def check_counts(read: int, accepted: int, duplicates: int, quarantined: int) -> None:

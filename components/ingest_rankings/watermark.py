@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.ingest_rankings.rows import READ_BYTES
-from components.ingest_rankings.sources import SourceFile
+from components.ingest_rankings.sources import Source, SourceFile
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, code_digest, json_digest
 from components.services.storage import Storage
@@ -37,6 +37,7 @@ class Watermark(NamedTuple):
         snapshot_uri, ingest_uri: what it made.
         read, duplicates, quarantined, reasons: its counts, of all files up to then.
         files: name to `uri, size_bytes, etag, sha256, rows, formats` of every file whose rankings are in the snapshot.
+        rater_salt: fingerprint of the salt of its raters' pseudonyms, "" for raters whose ids were kept.
     """
 
     snapshot_uri: str
@@ -46,11 +47,40 @@ class Watermark(NamedTuple):
     quarantined: int
     reasons: dict[str, int]
     files: dict[str, dict[str, Any]]
+    rater_salt: str
 
 
 def watermark_uri(context: Context, config: Config, rankings: str) -> str:
     reading = config.model_dump(mode="json", exclude=NOT_READING)
     return context.uri("watermarks", json_digest([rankings, reading, code_digest()])[:32] + ".json")
+
+
+def before_this(config: Config, rankings: str, source: Source, rater_salt: str, context: Context) -> tuple[str, Watermark | None]:
+    """Where the watermark is kept, and the ingestion before, if its files are what they were.
+
+    Rows in groups may be in any file, and what is nearly the same as a quarantined ranking is not known from a snapshot without it.
+
+    Raises:
+        DoNotRetry: a known file has changed, or the raters' salt.
+    """
+    if config.group or config.near_duplicates == "quarantine" or not any(file.stored for file in source.files):
+        return "", None
+    uri = watermark_uri(context, config, rankings)
+    before = load(context.storage, uri) if config.known_files != "reread" else None
+    if before is None:
+        return uri, None
+    check_salt(before, rater_salt, config.rater_salt_variable)
+    lines = changed(source.files, before)
+    if not lines and config.known_files == "verify":
+        there = {file.uri for file in source.files}
+        lines = [line for name, known in before.files.items() if name in there and (line := verify(context.storage, known))]
+    if lines and config.changed_files == "reread":
+        _log.warning("every file is read again, for some changed: %s", "; ".join(lines[:SHOWN]))
+        return uri, None
+    refuse(lines, rankings)
+    if gone := before.files.keys() - {file.uri for file in source.files}:
+        _log.warning("%d files are gone whose rankings stay: %s", len(gone), ", ".join(sorted(gone)[:SHOWN]))
+    return uri, before
 
 
 def load(storage: Storage, uri: str) -> Watermark | None:
@@ -79,6 +109,21 @@ def changed(files: Sequence[SourceFile], mark: Watermark) -> list[str]:
                 f"now {file.stored.size_bytes} with {file.stored.etag}"
             )
     return result
+
+
+def check_salt(mark: Watermark, fingerprint: str, variable: str) -> None:
+    """Sees to it that new rankings come under the same pseudonyms: a rater under two salts would be two raters.
+
+    Raises:
+        DoNotRetry: the salt is another one.
+    """
+    if mark.rater_salt != fingerprint:
+        raise DoNotRetry(
+            f"the salt of the raters' pseudonyms in {variable} is not the one of {mark.snapshot_uri}: its raters would not be "
+            "recognised in new rankings",
+            f"set {variable} to the salt of before; if the change is meant, set known_files to reread once, which gives everybody "
+            "a pseudonym under the new one",
+        )
 
 
 def refuse(lines: Sequence[str], rankings: str) -> None:

@@ -40,7 +40,8 @@ def alive(groups: list[int]) -> list[psutil.Process]:
     return found
 
 
-def test_they_start_keep_their_data_and_leave_nothing_running(tmp_path: Path) -> None:
+def test_they_start_keep_their_data_and_leave_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANKLOOP_RATER_SALT", raising=False)
     with LocalServices(tmp_path) as services, environment_of(services):
         Storage().put_bytes("s3://rankloop/kept", b"data")
         with urllib.request.urlopen(services.tracking_uri + "/health", timeout=5) as reply:
@@ -52,10 +53,14 @@ def test_they_start_keep_their_data_and_leave_nothing_running(tmp_path: Path) ->
                 if connection.status == psutil.CONN_LISTEN:
                     assert connection.laddr.ip in ("127.0.0.1", "::1"), connection
         first = dict(services.environment)
+        salt = tmp_path / "rater-salt"
+        assert (salt.read_text(), salt.stat().st_mode & 0o777) == (first["RANKLOOP_RATER_SALT"], 0o600)
+        assert len(first["RANKLOOP_RATER_SALT"]) == 64
     assert not alive(groups)
     with LocalServices(tmp_path) as services, environment_of(services):
         assert Storage().get_bytes("s3://rankloop/kept") == b"data"
         assert services.environment["AWS_SECRET_ACCESS_KEY"] != first["AWS_SECRET_ACCESS_KEY"]
+        assert services.environment["RANKLOOP_RATER_SALT"] == first["RANKLOOP_RATER_SALT"], "raters keep their pseudonyms"
 
 
 def test_a_second_process_uses_the_servers_of_the_first_and_leaves_them(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from components.ingest_rankings import sources
 from components.ingest_rankings.stage import Config, Inputs, Outputs, run
+from components.rlhf.records import iterate_snapshot
 from components.services.exits import DoNotRetry, Retry
 from components.services.launch import Context
 from components.services.storage import MARKER, Storage, join
@@ -127,6 +129,56 @@ def test_another_form_or_a_lost_snapshot_reads_everything(root: str, tmp_path: P
     again, report = ingest(root, tmp_path)
     assert opened == ["a.jsonl"]
     assert (again.snapshot_uri, report["parents"]) == (first.snapshot_uri, {})
+
+
+@pytest.mark.parametrize("policy", ["report", "quarantine"])
+def test_the_same_rankings_of_a_parent_count_as_seen(root: str, tmp_path: Path, opened: list[str], policy: str) -> None:
+    """Whichever of two has the smaller digest stays, so that some of the parent's go."""
+    storage, shared = Storage(), [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [{**row, "ranking_id": f"first-{n}"} for n, row in enumerate(ROWS[:30])]
+    rows += [{**row, "prompt": [*shared, {"role": "user", "content": row["prompt"]}]} for row in ROWS[30:34]]
+    again = [{**row, "ranking_id": f"again-{n}", "source": "other"} for n, row in enumerate(rows[:28])]
+    turns = [{**row, "prompt": [*shared, {"role": "user", "content": row["prompt"] + "?"}]} for row in ROWS[34:38]]
+    storage.put_bytes(f"{root}/source/a.jsonl", lines(rows))
+    first, _ = ingest(root, tmp_path, last_turn=policy)
+    storage.put_bytes(f"{root}/source/b.jsonl", lines(again + turns))
+    opened.clear()
+    second, report = ingest(root, tmp_path, last_turn=policy)
+    assert opened == ["b.jsonl"]
+    assert (report["alike"]["same_ranking"]["found"], report["duplicates"]) == (28, 28)
+    storage.fetch_folder(second.snapshot_uri, tmp_path / "second")
+    kept = [each.ranking_id.split("-")[0] for each in iterate_snapshot(tmp_path / "second")]
+    assert min(kept.count("first"), kept.count("again")) >= 5
+    origins = {each["file"] for pair in report["alike"]["same_ranking"]["examples"] for each in (pair["one"], pair["other"])}
+    assert origins == {first.snapshot_uri, f"{root}/source/b.jsonl"}
+    whole, report_2 = ingest(root, tmp_path, last_turn=policy, known_files="reread")
+    assert whole.snapshot_uri == second.snapshot_uri
+    counts = ("read", "accepted", "duplicates", "quarantined", "reasons")
+    assert {name: report_2[name] for name in counts} == {name: report[name] for name in counts}
+    assert report["quarantined"] == (7 if policy == "quarantine" else 0)
+
+
+def test_another_salt_is_noticed_for_its_raters_would_not_join(
+    root: str, tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, variable = Storage(), "RANKLOOP_RATER_SALT"
+    storage.put_bytes(f"{root}/source/a.jsonl", lines(ROWS[:20]))
+    first, report_1 = ingest(root, tmp_path)
+    storage.put_bytes(f"{root}/source/b.jsonl", lines(ROWS[20:30]))
+    with monkeypatch.context() as patch:
+        patch.setenv(variable, "another salt of someone")
+        with pytest.raises(DoNotRetry, match=rf"{variable} is not the one of {first.snapshot_uri}.*\n.*known_files to reread"):
+            ingest(root, tmp_path)
+        opened.clear()
+        _, report_2 = ingest(root, tmp_path, known_files="reread")
+        assert opened == ["a.jsonl", "b.jsonl"]
+        assert storage.get_json(join(report_2["snapshot_uri"], MARKER))["raters"] == 3
+        again, _ = ingest(root, tmp_path)  # from its own watermark
+        assert again.snapshot_uri == report_2["snapshot_uri"]
+    assert report_1["rater_salt_fingerprint"] != report_2["rater_salt_fingerprint"]
+    kept = [item.uri for item in storage.list(f"{root}/ingests/") if item.uri.endswith(MARKER)]
+    assert len(kept) == 3, "no report has replaced another, and the refused ingest left none"
+    assert all(os.environ[variable].encode() not in storage.get_bytes(item.uri) for item in storage.list(root))
 
 
 def test_a_file_that_is_gone_leaves_its_rankings(root: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

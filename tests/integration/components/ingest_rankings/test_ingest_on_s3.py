@@ -252,6 +252,7 @@ def environment(root: str, tmp_path: Path) -> Iterator[dict[str, str]]:
     """Untracked, with a scratch place that must be empty afterwards."""
     (tmp_path / "scratch").mkdir()
     values = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RANKLOOP_"))}
+    values["RANKLOOP_RATER_SALT"] = os.environ["RANKLOOP_RATER_SALT"]
     yield {**values, "RANKLOOP_STORAGE": root, "TMPDIR": str(tmp_path / "scratch")}
     assert list((tmp_path / "scratch").iterdir()) == []
 
@@ -263,6 +264,17 @@ def test_alone_it_prints_its_outputs(root: str, environment: dict[str, str], tmp
     outputs = json.loads(done.stdout)
     assert Storage().get_json(join(outputs["ingest_uri"], MARKER))["config"]["test_fraction"] == 0.5
     assert Storage().get_json(join(outputs["snapshot_uri"], MARKER))["splits"]["test"] > 15
+
+
+def test_without_a_salt_it_reads_nothing_and_says_what_to_do(root: str, environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    without = {name: value for name, value in environment.items() if name != "RANKLOOP_RATER_SALT"}
+    done = subprocess.run(
+        command("--rankings", str(tmp_path / "a.jsonl")), env=without, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 65
+    assert "the salt of the raters' pseudonyms, RANKLOOP_RATER_SALT, is not set\n  remedy: put a random text there" in done.stderr
+    assert written(root) == []
 
 
 def test_missing_file_ends_with_65_and_says_so(root: str, environment: dict[str, str]) -> None:

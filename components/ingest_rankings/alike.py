@@ -1,0 +1,269 @@
+"""Rankings that are alike: the same one from two exports, near duplicates, conversations that differ in their last turn only.
+
+    same_ranking     one rater's order of the same completions for the same conversation: another id, source, time or white space
+    near_duplicates  one rater's rankings with nearly the same conversation and completions, rank by rank (MinHash, then Jaccard)
+    last_turn        conversations of several turns that are the same up to their last one
+
+Each kind has its policy; nothing of it is silent: counts and the first examples, with both origins, are in the report. Of the same
+rankings the one with the smallest record digest stays, so that neither the order of files nor a parent snapshot nor shards that are
+merged later change what stays. Of a rater who is not known nothing is dropped: two of them may be two people.
+
+On disk lie, for each ranking, its place (36 bytes), the key of the same ranking (20), 20 band keys (240) and, of several turns, the
+key of its conversation (20), in 16 or 64 files by the key's first bits. In memory are one file at a time, 2 bytes for each ranking,
+and 30 for each that goes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from components.ingest_rankings.beside import Beside
+from components.ingest_rankings.likeness import how_near, near_keys, near_owner, near_text, same_key, turns_of
+from components.ingest_rankings.quarantine import Quarantine
+from components.ingest_rankings.rows import Rejected
+from components.rlhf.records import UNKNOWN_RATER, Ranking
+
+SameRanking = Literal["drop", "report", "keep"]
+Near = Literal["report", "quarantine", "keep"]
+KINDS = ("same_ranking", "near_duplicates", "last_turn")
+NEARLY = 0.8  # similarity of near duplicates, as in the validation gate
+COMPARISONS = 50_000  # of two rankings, some 100 microseconds each; where near duplicates are quarantined there is no limit
+REASONS = {  # of what a policy quarantines
+    "near_duplicates": "nearly the same as another ranking",
+    "last_turn": "differs from another conversation in the last turn only",
+}
+EXAMPLES = 5  # of each kind in the report
+_BATCH = 1024  # rankings whose band keys are made at a time
+_FILES = {"same_ranking": 16, "last_turn": 16, "near_duplicates": 64}  # with the sort's 192 are open, below 256
+_BAND_BITS = np.uint64(58)  # that are left of a band key when its first 6 have told the file
+_PLACE = np.dtype([("high", ">u8"), ("low", ">u8"), ("offset", "<u8"), ("file", "<u4"), ("row", "<u8")])
+_KEY = np.dtype([("key", ">u8"), ("rest", ">u8"), ("number", "<u4")])
+_BAND = np.dtype([("key", "<u8"), ("number", "<u4")])
+_OUT = np.dtype([("number", "<u4"), ("of", "<u4"), ("kind", "u1"), ("similarity", "<f4")])
+_OUT_PACKED = struct.Struct("<IIBf")
+_PLACE_PACKED = struct.Struct("<QIQ")
+
+
+class Policies(NamedTuple):
+    """What becomes of each kind; `keep` does not look for it."""
+
+    same_ranking: SameRanking
+    near_duplicates: Near
+    last_turn: Near
+
+
+UNLOOKED = Policies("keep", "keep", "keep")
+
+
+class Alike:
+    """Sees each ranking as it goes to the sort, finds those that are alike, and lets the others through.
+
+    Args:
+        folder: for the files; it must not exist.
+        record_at: canonical JSON of a ranking by the first byte of its digest and its offset (`SnapshotWriter.record_at`).
+    """
+
+    def __init__(self, policies: Policies, folder: Path, record_at: Callable[[int, int], bytes]) -> None:
+        folder.mkdir(parents=True)
+        self.counts: dict[str, dict[str, int]] = {kind: {"found": 0, "rater_unknown": 0} for kind in KINDS}
+        self.quarantined = 0
+        self._policies = policies
+        self._record_at = record_at
+        self._folder = folder
+        self._origins: dict[str, int] = {}
+        self._known_rater = bytearray()
+        self._texts: list[tuple[str, bytes]] = []
+        self._added = 0
+        self._beside = Beside()
+        self._compared = 0
+        self._examples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+        self._places_file = open(folder / "places", "wb")
+        self._files = {
+            kind: [open(folder / f"{kind}-{number:02}", "wb", buffering=2**12) for number in range(_FILES[kind])]
+            for kind in KINDS
+            if getattr(policies, kind) != "keep"
+        }
+
+    def close(self) -> None:
+        self._beside.close()
+        self._places_file.close()
+        for files in self._files.values():
+            for file in files:
+                file.close()
+
+    def add(self, ranking: Ranking, digest: bytes, offset: int, origin: str, row: int) -> None:
+        """Keeps the keys of a ranking that stands in `row` of the file `origin`, and in its file of the sort at `offset`."""
+        number = self._added.to_bytes(4, "little")
+        file = self._origins.setdefault(origin, len(self._origins))
+        self._places_file.write(digest[:16] + _PLACE_PACKED.pack(offset, file, row))
+        self._known_rater.append(ranking.rater_id != UNKNOWN_RATER)
+        if self._policies.same_ranking != "keep":
+            key = same_key(ranking)
+            self._files["same_ranking"][key[0] >> 4].write(key + number)
+        if self._policies.last_turn != "keep" and len(ranking.prompt) > 2 and (turns := turns_of(ranking.prompt)):
+            self._files["last_turn"][turns.before[0] >> 4].write(turns.before + turns.last + number)
+        self._added += 1
+        if self._policies.near_duplicates != "keep":
+            self._texts.append((near_text(ranking), near_owner(ranking.rater_id, ranking.criterion)))
+            if len(self._texts) >= _BATCH:
+                self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._texts:
+            self._beside.call(self._write_bands, self._texts, self._added)
+            self._texts = []
+
+    def _write_bands(self, texts: list[tuple[str, bytes]], added: int) -> None:
+        """Writes the band keys of the last of so many rankings."""
+        keys = near_keys(texts)
+        bands = np.empty(keys.size, dtype=_BAND)
+        bands["key"] = keys.ravel()
+        bands["number"] = np.repeat(np.arange(added - len(keys), added, dtype=np.uint32), keys.shape[1])
+        file = (bands["key"] >> _BAND_BITS).astype(np.int64)
+        ends = np.cumsum(np.bincount(file, minlength=_FILES["near_duplicates"]))
+        parts = np.split(bands[np.argsort(file, kind="stable")], ends[:-1])
+        for part, target in zip(parts, self._files["near_duplicates"], strict=True):
+            target.write(part.tobytes())
+
+    # -- finding -------------------------------------------------------------------------------------------------------
+
+    def find(self) -> None:
+        """Finds what is alike among all that was added, and writes what must go by the files of the sort."""
+        self._pass_on()
+        self._beside.finish()
+        self.close()
+        self._places: Any = np.memmap(self._folder / "places", dtype=_PLACE, mode="r") if self._added else np.empty(0, _PLACE)
+        self._origin_names = list(self._origins)
+        self._again = np.zeros(self._added, dtype=bool)  # the same as another one, or near to it
+        with open(self._folder / "out", "wb") as out:
+            for kind, found in (("same_ranking", self._same), ("last_turn", self._turns), ("near_duplicates", self._near)):
+                removes = getattr(self._policies, kind) in ("drop", "quarantine")
+                for number, of, similar in found() if kind in self._files else ():
+                    self._note(kind, number, of, similar)
+                    if removes and (self._known_rater[number] or kind == "last_turn"):
+                        out.write(_OUT_PACKED.pack(number, of, KINDS.index(kind), similar))
+
+    def _note(self, kind: str, number: int, of: int, similar: float) -> None:
+        counts, examples = self.counts[kind], self._examples[kind]
+        counts["found"] += 1
+        counts["rater_unknown"] += not self._known_rater[number]
+        if len(examples) < EXAMPLES:
+            pair = {"one": self._named(of), "other": self._named(number)}
+            examples.append(pair | ({"similarity": round(similar, 3)} if kind == "near_duplicates" else {}))
+
+    def _by_key(self, kind: str, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+        """The entries of each file that share their key with another one, by key; not those of what was found before."""
+        for number in range(_FILES[kind]):
+            entries = np.fromfile(self._folder / f"{kind}-{number:02}", dtype=dtype)
+            entries = entries[~self._again[entries["number"]]]
+            entries = entries[np.argsort(entries["key"], kind="stable")]
+            equal = entries["key"][1:] == entries["key"][:-1]
+            shared = np.zeros(len(entries), dtype=bool)
+            shared[1:] |= equal
+            shared[:-1] |= equal
+            if shared.any():
+                yield entries[shared]
+
+    def _groups(self, entries: NDArray[Any], *fields: str) -> Iterator[NDArray[Any]]:
+        """Entries of the same values in `fields`, each group by digest and without a record that comes again."""
+        places = self._places[entries["number"]]
+        order = np.lexsort((entries["number"], places["low"], places["high"], *(entries[name] for name in reversed(fields))))
+        entries, places = entries[order], places[order]
+        new = np.ones(len(entries), dtype=bool)
+        new[1:] = np.any([entries[name][1:] != entries[name][:-1] for name in fields], axis=0)
+        again = (places["low"][1:] == places["low"][:-1]) & (places["high"][1:] == places["high"][:-1])
+        for group in np.split(np.arange(len(entries)), np.flatnonzero(new)[1:]):
+            kept = group[[True, *(~again[group[1:] - 1])]] if len(group) else group
+            if len(kept) > 1:
+                yield entries[kept]
+
+    def _same(self) -> Iterator[tuple[int, int, float]]:
+        for entries in self._by_key("same_ranking", _KEY):
+            for group in self._groups(entries, "key", "rest"):
+                first, *others = group["number"].tolist()
+                for number in others:
+                    self._again[number] = True
+                    yield number, first, 1.0
+
+    def _turns(self) -> Iterator[tuple[int, int, float]]:
+        """Of a conversation the rankings of the last turn with the smallest key stay."""
+        for entries in self._by_key("last_turn", _KEY):
+            for group in self._groups(entries, "key"):
+                least = group["rest"].min()
+                first = int(group["number"][group["rest"] == least][0])
+                for number in group["number"][group["rest"] != least].tolist():
+                    yield number, first, 1.0
+
+    def _near(self) -> Iterator[tuple[int, int, float]]:
+        """Candidates are compared with the first of theirs in each band, until one is near enough."""
+        most = COMPARISONS if self._policies.near_duplicates == "report" else 2**62
+        far: set[tuple[int, int]] = set()
+        for entries in self._by_key("near_duplicates", _BAND):
+            for group in self._groups(entries, "key"):
+                first, *others = [number for number in group["number"].tolist() if not self._again[number]] or [-1]
+                for number in others:
+                    if (first, number) in far:
+                        continue
+                    if self._compared >= most:
+                        return
+                    self._compared += 1
+                    similar = how_near(self._record(first), self._record(number))
+                    if similar >= NEARLY:
+                        self._again[number] = True
+                        yield number, first, similar
+                    elif len(far) < COMPARISONS:
+                        far.add((first, number))
+
+    def _record(self, number: int) -> dict[str, Any]:
+        place = self._places[number]
+        record: dict[str, Any] = orjson.loads(self._record_at(int(place["high"]) >> 56, int(place["offset"])))
+        return record
+
+    def _origin(self, number: int) -> tuple[str, int]:
+        place = self._places[number]
+        return self._origin_names[int(place["file"])], int(place["row"])
+
+    def _named(self, number: int) -> dict[str, Any]:
+        file, row = self._origin(number)
+        return {"ranking_id": self._record(number)["ranking_id"], "file": file, "row": row}
+
+    # -- what goes and what stays --------------------------------------------------------------------------------------
+
+    def kept(self, records: Iterable[tuple[bytes, bytes]], quarantine: Quarantine) -> Iterator[tuple[bytes, bytes]]:
+        """The records, by digest, but for those that must go; those that a policy quarantines are given to `quarantine`."""
+        out = np.fromfile(self._folder / "out", dtype=_OUT)
+        high = self._places["high"][out["number"]]
+        out = out[np.lexsort((out["kind"], high))]
+        firsts = (self._places["high"][out["number"]] >> np.uint64(56)).astype(np.int64)
+        byte, gone = -1, dict[bytes, Any]()
+        for digest, record in records:
+            if digest[0] != byte:
+                byte, gone = digest[0], {}
+                for entry in out[np.searchsorted(firsts, byte) : np.searchsorted(firsts, byte, side="right")]:
+                    gone.setdefault(self._places[int(entry["number"])].tobytes()[:16], entry)
+            entry = gone.get(digest[:16]) if gone else None
+            if entry is None:
+                yield digest, record
+                continue
+            reason = REASONS.get(KINDS[int(entry["kind"])])
+            if reason is not None:
+                file, row = self._origin(int(entry["of"]))
+                detail = f"that of {file}, row {row}; similarity {float(entry['similarity']):.2f}"
+                quarantine.add(*self._origin(int(entry["number"])), Rejected(reason, detail), b"")
+                self.quarantined += 1
+
+    def report(self) -> dict[str, Any]:
+        """Counts and first examples of each kind, for the ingest report."""
+        found = {
+            kind: {"policy": getattr(self._policies, kind), **self.counts[kind], "examples": self._examples[kind]} for kind in KINDS
+        }
+        limited = self._policies.near_duplicates == "report" and self._compared >= COMPARISONS
+        found["near_duplicates"] |= {"comparisons": self._compared, "all_compared": not limited}
+        return found
