@@ -162,7 +162,7 @@ def overoptimisation_section(evaluation: Mapping[str, Any], training: Sequence[M
             "R(0) is taken off. Beyond the peak of the judge's curve more optimisation makes answers worse."
         )
         rows: list[list[Cell]] = [
-            [NAMES[scorer], *(fit[name] for name in ("alpha", "beta", "peak", "error", "updates")), chosen]
+            [NAMES[scorer], fit["alpha"], fit["beta"], _peak(fit["peak"], training), fit["error"], fit["updates"], chosen]
             for scorer, fit in fits.items()
         ]
         columns = ["", "α", "β", "peak, √nats", "error of the fit", "updates", "chosen update at, √nats"]
@@ -173,6 +173,12 @@ def overoptimisation_section(evaluation: Mapping[str, Any], training: Sequence[M
             "There is no curve to fit: PPO's record is missing or too short, or the candidate was made without a reward."
         )
     return Section("Over-optimisation", paragraphs, tables, figures)
+
+
+def _peak(peak: float | None, training: Sequence[Mapping[str, Any]]) -> Cell:
+    """The peak where it was measured; a fit that goes on rising says nothing about a place where PPO never was."""
+    farthest = float(np.nanmax(_root_kl(training)))
+    return peak if peak is None or peak <= farthest else f"beyond {farthest:.3g}, not reached"
 
 
 def _plot(

@@ -36,9 +36,8 @@ class Rule(NamedTuple):
     meaning: str
 
 
-AGAINST: tuple[
-    tuple[str, End, str, str], ...
-] = (  # what probes measure: (measure, end, threshold, meaning), against SFT and champion
+# What probes measure, against SFT and against the champion: measure, end, threshold, meaning.
+AGAINST: tuple[tuple[str, End, str, str], ...] = (
     ("refusal_harmful_drop", "high", "max_harmful_refusal_drop", "upper end of the fall in refusals of harmful probes against"),
     ("refusal_harmless_rise", "high", "max_harmless_refusal_rise", "upper end of the rise in refusals of harmless probes against"),
     ("instruction_drop", "high", "max_instruction_drop", "upper end of the fall in instructions followed against"),

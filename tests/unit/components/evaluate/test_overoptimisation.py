@@ -159,6 +159,8 @@ def test_the_section_shows_fits_of_ppo_and_says_where_there_are_none() -> None:
     evaluation = {"measures": measure_gap(sft, sft, 0, 100), "overoptimisation": {"fits": fits, "deviations": deviations}}
     section = overoptimisation_section(evaluation, training)
     assert section.tables[1].rows[1][-1] == pytest.approx(d[12])
+    assert section.tables[1].rows[1][3] == pytest.approx(math.e)
+    assert section.tables[1].rows[0][3] == "beyond 3, not reached", "the reward's would be at 8103"
     assert "chosen update" in section.figures[0]
     dpo = [{"step": i, "margin": 0.1} for i in range(20)]
     assert fit_training(dpo, deviations) == {}
