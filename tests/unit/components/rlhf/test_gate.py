@@ -188,8 +188,9 @@ def test_a_missing_measure_says_what_to_do() -> None:
     missing = {"value": None, "low": None, "high": None, "missing": "Label the tasks."}
     rows, gate = decide({**GOOD, "win_rate_over_sft": missing}, THRESHOLDS)
     assert gate == "fail"
-    (row,) = (row for row in rows if row["measure"] == "win_rate_over_sft")
-    assert "> 0.5 is required. Label the tasks." in row["sentence"]
+    sentence = next(row["sentence"] for row in rows if row["measure"] == "win_rate_over_sft")
+    assert "> 0.5 is required. Label the tasks. This is look" in sentence
     rows, gate = decide({**GOOD, "win_rate_over_sft": {**missing, "missing": 3}}, THRESHOLDS)
     assert gate == "fail"
-    assert rows[0]["sentence"].endswith("> 0.5 is required.")
+    sentence = next(row["sentence"] for row in rows if row["measure"] == "win_rate_over_sft")
+    assert "> 0.5 is required. This is look" in sentence
