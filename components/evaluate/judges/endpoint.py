@@ -214,6 +214,7 @@ def _reply_of(content: bytes, request: dict[str, Any], where: str) -> Reply:
         text = body["choices"][0]["message"].get("content") or ""
         if not isinstance(text, str):
             raise TypeError("its content is not text")
+        text = text.encode(errors="replace").decode()  # JSON can hold half of a character
         tokens = (body.get("usage") or {}).get("total_tokens")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DoNotRetry(

@@ -117,7 +117,10 @@ def read_labels(uri: str, storage: Storage) -> tuple[Labels, str]:
         shown, annotations = (task.get("data"), task.get("annotations")) if isinstance(task, dict) else (None, None)
         if not isinstance(shown, dict) or not isinstance(annotations, list):
             raise DoNotRetry(f"human_labels {uri}, task {number}: expected an object with data and annotations", remedy)
-        by_task[digest_of(shown)] += annotations
+        try:
+            by_task[digest_of(shown)] += annotations
+        except UnicodeEncodeError as error:  # JSON can hold half of a character
+            raise DoNotRetry(f"human_labels {uri}, task {number}: its text is not Unicode ({error})", remedy) from error
     found = {name: _labels(annotations) for name, annotations in by_task.items()}
     unreadable = sum(bad for _, bad in found.values())
     return Labels({name: labels for name, (labels, _) in found.items()}, unreadable), hashlib.sha256(data).hexdigest()

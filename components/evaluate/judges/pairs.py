@@ -112,7 +112,9 @@ def win_rates(
             rates[over] = (UNKNOWN, UNKNOWN)
             continue
         known = [(outcome, length) for outcome, length in zip(outcomes, longer, strict=True) if outcome is not None]
-        alone = _rates([outcome for outcome, _ in known], [length for _, length in known], intervals, of_gate)
+        rates[over] = alone = _rates([outcome for outcome, _ in known], [length for _, length in known], intervals, of_gate)
+        if not silent:
+            continue
         lost, won = (
             _rates([filled if outcome is None else outcome for outcome in outcomes], longer, intervals, of_gate)
             for filled in (0.0, 1.0)

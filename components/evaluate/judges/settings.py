@@ -21,12 +21,12 @@ class JudgeSettings(Settings):
     """Whose win rates the gate reads; one of judges."""
     min_judged_fraction: float = Field(0.5, gt=0, le=1, allow_inf_nan=False)
     """Smallest share of the pairs of answers that endpoint or humans must have judged; below it their win rate is missing."""
-    endpoint_url: str = Field("", pattern=r"^(https?://\S+)?$")
-    """Base address of an OpenAI-compatible API, such as http://judge:8000/v1; prompts and answers are sent there."""
+    endpoint_url: str = Field("", pattern=r"^(https?://[^\s@]+)?$", repr=False)
+    """Base address of an OpenAI-compatible API, such as http://judge:8000/v1, without a password; prompts and answers go there."""
     endpoint_model: str = ""
     """Name of the model that judges, as the endpoint knows it."""
     endpoint_key_variable: str = Field("", pattern=r"^([A-Z_][A-Z0-9_]*)?$", repr=False)
-    """Name of the environment variable that holds the endpoint's key, in capitals; empty: no key is sent."""
+    """Name of the environment variable that holds the endpoint's key, in capitals; empty: it has none."""
     endpoint_temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Sampling temperature of the endpoint; some models take 1 only."""
     endpoint_reply_tokens: int = Field(16, ge=1)

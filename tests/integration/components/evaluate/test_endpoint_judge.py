@@ -254,7 +254,7 @@ def test_words_that_are_no_verdict_and_refused_pairs_are_silence(services: Any, 
             return said("A, because it is longer")
         if "What is 1" in text:
             return 400, {}, b'{"error": {"message": "filtered"}}'
-        return said(None) if "What is 2" in text else honest(body)
+        return said(None if text.index("It is") < text.index("I do") else "\ud800") if "What is 2" in text else honest(body)
 
     with failing_server(reply) as (url, _):
         config = endpoint(url)

@@ -243,6 +243,7 @@ def test_labels_of_other_answers_are_refused(tmp_path: Path) -> None:
         ('{"id": 1}', "is not a list of tasks"),
         ('[{"id": 1, "prompt": "q"}]', "task 1: expected an object with data and annotations"),
         ('[{"data": {}, "annotations": []}, 3]', "task 2"),
+        ('[{"data": {"prompt": "\\ud800"}, "annotations": []}]', "task 1: its text is not Unicode"),
         ("[" * 100_000, "is not JSON"),
     ],
 )

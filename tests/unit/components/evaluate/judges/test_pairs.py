@@ -151,7 +151,10 @@ def test_settings_that_do_not_fit_are_refused(values: dict[str, Any], said: str)
         JudgeSettings(**values)
 
 
-def test_a_key_in_the_place_of_its_variables_name_is_refused_and_not_shown() -> None:
-    with pytest.raises(DoNotRetry, match=r"evaluate\.endpoint_key_variable: ") as caught:
-        parse_settings(JudgeSettings, {"endpoint_key_variable": "sk-secret"}, "evaluate")
+@pytest.mark.parametrize(
+    ("name", "value"), [("endpoint_key_variable", "sk-secret"), ("endpoint_url", "https://me:sk-secret@judge/v1")]
+)
+def test_a_secret_in_the_config_is_refused_and_not_shown(name: str, value: str) -> None:
+    with pytest.raises(DoNotRetry, match=rf"evaluate\.{name}: ") as caught:
+        parse_settings(JudgeSettings, {name: value}, "evaluate")
     assert "sk-secret" not in str(caught.value)
