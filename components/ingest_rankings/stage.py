@@ -15,6 +15,8 @@ accepted + duplicates + quarantined = read, always.
     4  check that the counts add up
     5  publish the snapshot, then the report
 
+With `shard` 1 and 2 are done for a part of the files; with `shard_reports` what the shards made is taken over in place of 1 and 2.
+
 Alone: `python -m components.ingest_rankings --rankings data/`
 
 Papers: InstructGPT ranks K = 4 to 9 completions of a prompt (Ouyang et al. 2022, arXiv:2203.02155, section 3.4); HH compares two
