@@ -1,10 +1,11 @@
 """Rankings that are alike: the same one from two exports, near duplicates, conversations that differ in their last turn only.
 
-    same_ranking     one rater's order of the same completions for the same conversation: another id, source, time or white space
+    same_ranking     one rater's order of the same completions for the same conversation: another id, source or white space
     near_duplicates  one rater's rankings with nearly the same conversation and completions, rank by rank (MinHash, then Jaccard)
     last_turn        conversations of several turns that are the same up to their last one
 
-Each kind has its policy; nothing of it is silent: counts and the first examples, with both origins, are in the report. Of the same
+Each kind has its policy; nothing of it is silent: counts and the first examples, with both origins, are in the report. A rater who
+was asked twice and answered at two times gave two rankings: those stay, for they tell how consistent the rater is. Of the same
 rankings the one with the smallest record digest stays, so that neither the order of files nor a parent snapshot nor shards that are
 merged later change what stays. Of a rater who is not known nothing is dropped: two of them may be two people.
 
@@ -39,6 +40,7 @@ REASONS = {  # of what a policy quarantines
     "near_duplicates": "nearly the same as another ranking",
     "last_turn": "differs from another conversation in the last turn only",
 }
+SECONDS = len("2026-01-31T12:00:00")  # of a time: exports round its fractions
 EXAMPLES = 5  # of each kind in the report
 _BATCH = 1024  # rankings whose band keys are made at a time
 _FILES = {"same_ranking": 16, "last_turn": 16, "near_duplicates": 64}  # with the sort's 192 are open, below 256
@@ -185,10 +187,21 @@ class Alike:
                 yield entries[kept]
 
     def _same(self) -> Iterator[tuple[int, int, float]]:
+        """Of each time one stays. A ranking whose time is not known is one of the others, wherever there are any."""
         for entries in self._by_key("same_ranking", _KEY):
             for group in self._groups(entries, "key", "rest"):
-                first, *others = group["number"].tolist()
-                for number in others:
+                stays: dict[str, int] = {}
+                untimed = []
+                for number in group["number"].tolist():
+                    if at := self._record(number)["collected_at"]:
+                        first = stays.setdefault(at[:SECONDS], number)
+                        if first != number:
+                            self._again[number] = True
+                            yield number, first, 1.0
+                    else:
+                        untimed.append(number)
+                first = min(stays.values(), key=group["number"].tolist().index) if stays else untimed.pop(0)
+                for number in untimed:
                     self._again[number] = True
                     yield number, first, 1.0
 

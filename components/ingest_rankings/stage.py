@@ -78,7 +78,7 @@ class Config(Settings):
     phone_region: str = ""
     """Country (ISO 3166, two letters) whose phone numbers are found as written there. Empty: only those with + and code."""
     same_ranking: SameRanking = "drop"
-    """One rater's same ranking under another id, source or time: drop all but one, report them, or keep unlooked for."""
+    """One rater's same ranking under another id or source, not at another time: drop all but one, report, or keep unlooked for."""
     near_duplicates: Near = "report"
     """One rater's nearly the same rankings: report them, quarantine all but one, or keep unlooked for."""
     last_turn: Near = "report"

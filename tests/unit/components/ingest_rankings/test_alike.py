@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,26 @@ def test_the_same_ranking_from_two_exports_is_dropped_and_both_origins_are_told(
     assert len(places) == 2
     (stays,) = [each.ranking_id for each in found.rankings if each.rater_id == "r1"]
     assert example["one"]["ranking_id"] == stays
+
+
+def at(time: str | None, source: str) -> dict[str, Any]:
+    return {**ROW, "source": source} | ({"collected_at": time} if time else {})
+
+
+@pytest.mark.parametrize("order", list(permutations(range(5)))[::7])
+def test_a_rater_who_was_asked_again_at_another_time_gave_two_rankings(ingest: Callable[..., Any], order: tuple[int, ...]) -> None:
+    rows = [
+        at("2026-01-31T12:00:00Z", "a"),
+        at("2026-01-31T13:00:00.25+01:00", "b"),  # the first one, as another export writes its time
+        at("2026-02-01T12:00:00Z", "a"),
+        at(None, "a"),
+        at(None, "b"),
+    ]
+    found = ingest({"a.jsonl": lines(*(rows[i] for i in order))})
+    assert sorted(each.collected_at[:19] for each in found.rankings) == ["2026-01-31T12:00:00", "2026-02-01T12:00:00"]
+    assert (found.duplicates, found.alike["same_ranking"]["found"]) == (3, 3)
+    untimed = ingest({"b.jsonl": lines(*(rows[i] for i in order if i > 2))})
+    assert (untimed.snapshot.rankings, untimed.duplicates) == (1, 1)
 
 
 @pytest.mark.parametrize(("policy", "count"), [("report", 1), ("keep", 0)])
