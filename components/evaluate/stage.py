@@ -69,6 +69,7 @@ PROBED = {  # threshold: the probes that it needs; each against SFT and against 
     "max_instruction_drop": "instructions",
     "max_plain_perplexity_ratio": "texts",
 }
+SHOWN_ALPHA = 0.025  # error of either end of a win rate that the gate does not read: an interval at 95 %
 
 _log = logging.getLogger(__name__)
 
@@ -289,7 +290,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 def measure_all(config: Config, look: Look, drawn: Drawn, answers: Mapping[str, Sequence[Answer]]) -> Measures:
     """What is measured of the answers to the held-out prompts, and of the texts that the policies read."""
     seed, resamples = config.seed, config.bootstrap_resamples
-    measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples, look.alpha) | measure_look(look)
+    alpha = look.alpha if config.gate_judge == "reward_model" else SHOWN_ALPHA
+    measures = measure(answers, list(drawn.log_ratios.values()), seed, resamples, alpha) | measure_look(look)
     measures |= measure_perplexity(drawn.answers_read, drawn.texts_read, seed, resamples)
     measures |= measure_gap(answers["candidate"], answers["sft"], seed, resamples)
     return measures
