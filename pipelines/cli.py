@@ -92,7 +92,10 @@ def watch(
 @app.command()
 def compile(
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("rlhf.yaml"),
-    graph: Annotated[str, typer.Option(help="rlhf, or drift_watch: to be scheduled, runs rlhf if the rankings drifted.")] = "rlhf",
+    graph: Annotated[
+        str,
+        typer.Option(help="rlhf; drift_watch: to be scheduled, runs rlhf if rankings drifted; sharded_ingest: many pods read."),
+    ] = "rlhf",
 ) -> None:
     """Writes a graph as KFP v2 YAML, ready to upload to a Kubeflow cluster."""
     from kfp import compiler

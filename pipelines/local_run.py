@@ -15,8 +15,9 @@ from kfp import local
 from components.services.launch import code_digest
 from pipelines.drift_watch import drift_watch
 from pipelines.rlhf import rlhf
+from pipelines.sharded_ingest import sharded_ingest
 
-GRAPHS = {"rlhf": rlhf, "drift_watch": drift_watch}
+GRAPHS = {"rlhf": rlhf, "drift_watch": drift_watch, "sharded_ingest": sharded_ingest}
 
 
 def main(path: Path) -> None:

@@ -37,10 +37,11 @@ def test_every_command_about_models_explains_itself_and_its_options(command: str
         assert parameter.help, f"{command} {parameter.name} says nothing of itself"
 
 
-def test_compile_writes_the_graph(tmp_path: Path) -> None:
-    done = rankloop("compile", "--output", str(tmp_path / "graph.yaml"))
+@pytest.mark.parametrize(("options", "name"), [((), "rlhf"), (("--graph", "sharded_ingest"), "sharded-ingest")])
+def test_compile_writes_the_graph(options: tuple[str, ...], name: str, tmp_path: Path) -> None:
+    done = rankloop("compile", *options, "--output", str(tmp_path / "graph.yaml"))
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load((tmp_path / "graph.yaml").read_text(encoding="utf-8"))["pipelineInfo"]["name"] == "rlhf"
+    assert yaml.safe_load((tmp_path / "graph.yaml").read_text(encoding="utf-8"))["pipelineInfo"]["name"] == name
 
 
 @pytest.mark.parametrize(
