@@ -8,21 +8,16 @@ import uuid
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from components.rater_study import stage
 from components.rlhf import reward_training
-from components.rlhf.models import save_model
-from components.rlhf.records import SCHEMA
 from components.rlhf.reward_training import accumulate
-from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.services.exits import DoNotRetry, Retry
-from components.services.launch import Context, Settings
+from components.services.launch import Context
 from components.services.storage import Storage, join
-from components.simulated_world.generate import simulate_rankings
 from components.train_reward_model import stage as training
+from tests.integration.components.small_world import publish_small_world
 
 
 class World(NamedTuple):
@@ -35,32 +30,10 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="module")
 def world(services: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
-    home = tmp_path_factory.mktemp("study")
-    rankings = list(simulate_rankings(120, seed=0))
-    tokenizer = train_tokenizer((text for r in rankings for text in (r["prompt"][0]["content"], *r["completions"])), 400, 128)
-    policy, snapshot = f"s3://rankloop/study/{uuid.uuid4().hex}", f"s3://rankloop/study/{uuid.uuid4().hex}"
-    save_model(new_model(tokenizer, layers=1, hidden=16, heads=2, context_tokens=128, seed=0), tokenizer, home / "policy")
-    (home / "snapshot").mkdir()
-    rows = [{"confidence": None, **r, "ranking_id": str(i)} for i, r in enumerate(rankings)]
-    for row in rows[:6]:
-        row["rater_id"] = "unknown"
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), home / "snapshot" / "part-00000.parquet")
-    Storage().publish_folder(home / "policy", policy, {"role": "policy"})
-    Storage().publish_folder(home / "snapshot", snapshot, {"role": "rankings"})
-
-    def run(module: Any, config: Settings, inputs: Settings, root: str = "", contexts: list[Context] | None = None) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RANKLOOP_STORAGE", root or f"s3://rankloop/study/{uuid.uuid4().hex}")
-            scratch = home / uuid.uuid4().hex
-            scratch.mkdir()
-            context = Context(module.__name__.split(".")[1], config, inputs, scratch)
-            if contexts is not None:
-                contexts.append(context)
-            return module.run(config, inputs, context)
-
+    small = publish_small_world(tmp_path_factory.mktemp("study"), 120, unknown=6)
     config = training.Config(batch_rankings=8, threads=1, judge_fraction=0.3)
-    outputs = run(training, config, training.Inputs(snapshot_uri=snapshot, policy_uri=policy))
-    return World(outputs.reward_model_uri, Storage().get_json(join(outputs.reward_model_uri, "rankloop.json")), run)
+    outputs = small.run(training, config, training.Inputs(snapshot_uri=small.snapshot, policy_uri=small.policy))
+    return World(outputs.reward_model_uri, Storage().get_json(join(outputs.reward_model_uri, "rankloop.json")), small.run)
 
 
 def study(world: World, root: str = "", contexts: list[Context] | None = None, uri: str = "", **values: Any) -> dict[str, Any]:

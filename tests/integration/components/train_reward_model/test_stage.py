@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,25 +16,15 @@ from transformers import AutoModelForSequenceClassification
 from components.ppo_finetune import stage as ppo
 from components.rlhf import reward_training
 from components.rlhf.activations import checkpoint_activations
-from components.rlhf.models import load_policy, member_folders, save_model
-from components.rlhf.records import SCHEMA
+from components.rlhf.models import load_policy, member_folders
 from components.rlhf.reward_training import accumulate
-from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.services.exits import DoNotRetry, Retry
-from components.services.launch import Context, Settings
+from components.services.launch import Context
 from components.services.storage import Storage
-from components.simulated_world.generate import simulate_rankings
 from components.train_reward_model import stage
+from tests.integration.components.small_world import SmallWorld, publish_small_world
 
 PPO = {"updates": 1, "batch_prompts": 4, "max_new_tokens": 4, "epochs": 1, "max_kl_reference": 1e3, "max_same_answer_fraction": 1.0}
-
-
-class World(NamedTuple):
-    """URIs of a snapshot and a policy, and how a stage is run on them, given its module, settings and inputs."""
-
-    snapshot: str
-    policy: str
-    run: Callable[..., Any]
 
 
 class Published(NamedTuple):
@@ -50,32 +37,11 @@ class Published(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def world(services: Any, tmp_path_factory: pytest.TempPathFactory) -> World:
-    home = tmp_path_factory.mktemp("world")
-    rankings = list(simulate_rankings(60, seed=0))
-    tokenizer = train_tokenizer((text for r in rankings for text in (r["prompt"][0]["content"], *r["completions"])), 400, 128)
-    policy, snapshot = f"s3://rankloop/rm/{uuid.uuid4().hex}", f"s3://rankloop/rm/{uuid.uuid4().hex}"
-    save_model(new_model(tokenizer, layers=1, hidden=16, heads=2, context_tokens=128, seed=0), tokenizer, home / "policy")
-    (home / "snapshot").mkdir()
-    rows = [{"confidence": None, **r, "ranking_id": str(i)} for i, r in enumerate(rankings)]
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), home / "snapshot" / "part-00000.parquet")
-    Storage().publish_folder(home / "policy", policy, {"role": "policy"})
-    Storage().publish_folder(home / "snapshot", snapshot, {"role": "rankings"})
-
-    def run(module: Any, config: Settings, inputs: Settings, root: str = "", contexts: list[Context] | None = None) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RANKLOOP_STORAGE", root or f"s3://rankloop/rm/{uuid.uuid4().hex}")
-            scratch = home / uuid.uuid4().hex
-            scratch.mkdir()
-            context = Context(module.__name__.split(".")[1], config, inputs, scratch)
-            if contexts is not None:
-                contexts.append(context)
-            return module.run(config, inputs, context)
-
-    return World(snapshot, policy, run)
+def world(services: Any, tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
+    return publish_small_world(tmp_path_factory.mktemp("world"), 60)
 
 
-def trained(world: World, folder: Path, root: str = "", contexts: list[Context] | None = None, **config: Any) -> Published:
+def trained(world: SmallWorld, folder: Path, root: str = "", contexts: list[Context] | None = None, **config: Any) -> Published:
     settings = stage.Config(**{"batch_rankings": 8, "threads": 1, **config})
     outputs = world.run(stage, settings, stage.Inputs(snapshot_uri=world.snapshot, policy_uri=world.policy), root, contexts)
     marker = Storage().fetch_folder(outputs.reward_model_uri, folder)
@@ -84,7 +50,7 @@ def trained(world: World, folder: Path, root: str = "", contexts: list[Context] 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_line_15_members_have_seeds_of_their_own_and_ppo_optimises_what_they_say_together(
-    world: World, tmp_path: Path, lora_rank: int
+    world: SmallWorld, tmp_path: Path, lora_rank: int
 ) -> None:
     one = trained(world, tmp_path / "one", lora_rank=lora_rank)
     several = trained(world, tmp_path / "several", lora_rank=lora_rank, ensemble_members=3)
@@ -120,7 +86,9 @@ def test_line_15_members_have_seeds_of_their_own_and_ppo_optimises_what_they_say
         world.run(ppo, ppo.Config(**PPO, lora_rank=lora_rank, reward_aggregation="worst"), alone)
 
 
-def test_activations_computed_again_give_the_same_models(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_computed_again_give_the_same_models(
+    world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[Any] = []
 
     def spied(backbone: Any) -> None:
@@ -144,7 +112,7 @@ def test_activations_computed_again_give_the_same_models(world: World, tmp_path:
 
 
 def test_a_study_changes_no_model_and_a_stopped_one_goes_on_where_it_was(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {"curve_points": 2, "checkpoint_seconds": 3600, "batch_rankings": 4}
     root = f"s3://rankloop/rm/{uuid.uuid4().hex}"
@@ -182,7 +150,7 @@ def test_a_study_changes_no_model_and_a_stopped_one_goes_on_where_it_was(
 
 
 def test_a_study_that_cannot_work_is_refused_before_anything_is_trained(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reward_training, "accumulate", None)
     with pytest.raises(DoNotRetry, match="fewer than one batch of 8"):

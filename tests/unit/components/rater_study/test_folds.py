@@ -12,24 +12,9 @@ from components.rater_study.page import study_page
 from components.rater_study.stage import Config, known
 from components.rlhf.accuracy_report import ScoredRanking
 from components.rlhf.rankings import EncodedRanking
-from components.rlhf.records import Message, Ranking
 from components.services.exits import DoNotRetry
 from components.services.launch import parse_settings
-
-
-def ranking(number: int, rater: str, ranks: list[int] | None = None) -> EncodedRanking:
-    prompt = [Message(role="user", content=f"p{number}")]
-    ranks = ranks or [1, 2]
-    record = Ranking(f"r{number}", prompt, ["a"] * len(ranks), ranks, rater, "desk", None, None, None, None, "test")
-    return EncodedRanking(record, [[3]] * len(ranks), [[4, 1]] * len(ranks))
-
-
-def scored(rankings: Sequence[EncodedRanking], margins: Sequence[float]) -> list[ScoredRanking]:
-    """Pairs whose better one leads by these margins."""
-    return [ScoredRanking(each.ranking, [margin, 0.0], [2, 2]) for each, margin in zip(rankings, margins, strict=True)]
-
-
-SIX = [ranking(i, rater) for i, rater in enumerate(("ann", "bob", "cem", "ann", "bob", "cem"))]
+from tests.six_rankings import SIX, ranking, scored
 
 
 def test_every_rater_is_in_one_fold_and_folds_are_even() -> None:
