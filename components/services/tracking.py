@@ -173,7 +173,9 @@ class Tracker:
         self._enough.set()
         if self._sender is not None:
             self._sender.join(None if patience else SECONDS_TO_LEAVE)
-        if self._sender is None or not self._sender.is_alive():
+        if self._refused and status == "FINISHED":
+            raise self._refused
+        if not self._refused and not (self._sender and self._sender.is_alive()):
             self._ask(self._send_pending, patience)
         self.tags(record or {}, patience)
         self._ask(lambda mlflow: mlflow.set_terminated(self.run_id, status), patience)
