@@ -171,9 +171,12 @@ def weights_are_drawn(case: Case) -> Iterator[None]:
         init_head(model.score.float(), 0)
         return model
 
+    def frozen_scorer(*_: Any) -> Any:
+        return scorer().requires_grad_(False), case.tokenizer
+
     with (
         mock.patch.object(ppo_roles, "load_policy", policy),
-        mock.patch.object(ppo_roles, "load_scorer", lambda *_: (scorer().requires_grad_(False), case.tokenizer)),
+        mock.patch.object(ppo_roles, "load_scorer", frozen_scorer),
         mock.patch.object(reward_training, "new_scorer", scorer),
         mock.patch.object(dpo, "load_policy", policy),
     ):
