@@ -140,14 +140,20 @@ class Undisturbed(NamedTuple):
         return next(iter(self.outputs[stage].values()))
 
 
-def train_undisturbed(root: str) -> Undisturbed:
-    """Runs the training stages one after the other on 120 simulated rankings; everything is below `root`."""
+def put_snapshot(root: str) -> dict[str, str]:
+    """Publishes 120 simulated rankings below `root`, as an input of the stages."""
     empty = {"confidence": None}
     rows = [{**empty, **record, "ranking_id": str(i)} for i, record in enumerate(simulate_rankings(120, seed=0))]
     snapshot = {"snapshot_uri": root + "/snapshot"}
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), Path(folder) / "part-00000.parquet")
         Storage().publish_folder(Path(folder), snapshot["snapshot_uri"], {"role": "rankings"})
+    return snapshot
+
+
+def train_undisturbed(root: str) -> Undisturbed:
+    """Runs the training stages one after the other on 120 simulated rankings; everything is below `root`."""
+    snapshot = put_snapshot(root)
     sft = run("train_sft", root, snapshot).outputs
     scorers = run("train_reward_model", root, {**snapshot, **sft}).outputs
     ppo = {**snapshot, "sft_uri": sft["policy_uri"], **scorers}
