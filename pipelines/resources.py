@@ -70,7 +70,7 @@ class Row(Settings):
     scratch: Bytes
     """Size of /scratch, where models and snapshots lie while a stage works on them."""
     storage_class: str
-    """Empty: /scratch is on the node's own disk. A class, or `default`: a volume of its own (the pod needs an fsGroup to write)."""
+    """Empty: /scratch is on the node's own disk. A class, or `default`: a volume of its own; the pod then needs an fsGroup."""
     timeout_seconds: int = Field(ge=60)
     """Longest time of one attempt, in seconds."""
     retries: int = Field(ge=0, le=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,16 @@ def test_quantities_in_bytes(quantity: str, expected: int) -> None:
 def test_the_table_names_every_key_that_a_row_has() -> None:
     table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     assert set(table["defaults"]) == set(Row.model_fields)
+
+
+def test_the_readme_says_what_each_key_of_a_row_means() -> None:
+    text = TABLE.with_name("README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.M))
+    assert rows == {name: field.description for name, field in Row.model_fields.items()}
+
+
+def test_the_readmes_own_table_is_one(tmp_path: Path) -> None:
+    text = TABLE.with_name("README.md").read_text(encoding="utf-8")
+    (example,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.S) if block.startswith("extends:")]
+    (tmp_path / "mine.yaml").write_text(example, encoding="utf-8")
+    assert load(str(tmp_path / "mine.yaml")).row("ppo_finetune").gpus == 8
