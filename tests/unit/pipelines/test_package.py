@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kfp.components import load_component_from_text
 
 from components.services.exits import DoNotRetry
 from pipelines import package, policy
@@ -21,6 +22,7 @@ def test_the_file_is_what_kfp_takes(tmp_path: Path) -> None:
     text = (tmp_path / "new" / "graph.yaml").read_text(encoding="utf-8")
     assert text.startswith("# PIPELINE DEFINITION\n# Name: sharded-ingest\n")
     assert tuple(yaml.safe_load_all(text)) == tuple(written)
+    assert load_component_from_text(text).platform_spec.platforms, "KFP reads it, and what it says about Kubernetes"
 
 
 def test_the_kubernetes_objects_hold_the_same_and_each_content_is_a_version_of_its_own(tmp_path: Path) -> None:
