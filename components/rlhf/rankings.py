@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from components.rlhf.distributed import passes, summed
 from components.rlhf.models import Role
 from components.rlhf.records import Message, Ranking, prompt_key
 from components.rlhf.reward import ranking_scores, sequence_scores, sharing_pays, sharing_works
@@ -130,6 +131,27 @@ def over_rows(group: Sequence[EncodedRanking], look: Callable[[list[list[int]], 
     parts = tight_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
     found_N = torch.cat([look([prompts[i] for i in part], [completions[i] for i in part]) for part in parts])
     return found_N[torch.tensor([row for part in parts for row in part]).argsort()]
+
+
+@torch.no_grad()
+def over_processes(
+    role: Role, rankings: Sequence[EncodedRanking], max_tokens: int, look: Callable[[Sequence[EncodedRanking]], Tensor]
+) -> list[Tensor]:
+    """What `look` gives [N] of a group's completions, for all rankings: float32 [K] each, on the CPU; each process looks at a share."""
+    different = list({id(each): each for each in rankings}.values())
+    first, end = {}, 0  # where a ranking's completions are among all
+    for each in different:
+        first[id(each)] = end
+        end += len(each.completions)
+    found_N = torch.zeros(end)
+    costs = [each.rows * each.row_tokens for each in different]
+    for group, counts in passes(different, costs, lambda own: pack(own, max_tokens), role.divided):
+        values = look(group).float().cpu()
+        if counts:
+            for each, part_K in zip(group, values.split([len(r.completions) for r in group]), strict=True):
+                found_N[first[id(each)] : first[id(each)] + len(part_K)] = part_K
+    summed(found_N)
+    return [found_N[first[id(each)] : first[id(each)] + len(each.completions)] for each in rankings]
 
 
 def pack(rankings: Sequence[EncodedRanking], max_tokens: int) -> list[list[EncodedRanking]]:
