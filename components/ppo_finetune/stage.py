@@ -143,6 +143,8 @@ class Config(Settings):
             raise ValueError(f"{self.minibatches} minibatches of {self.batch_prompts * self.samples_per_prompt} completions")
         if self.value_epochs > self.epochs:
             raise ValueError(f"value_epochs {self.value_epochs} is more than epochs {self.epochs}")
+        if self.processes * self.nodes > self.batch_prompts:
+            raise ValueError(f"{self.processes * self.nodes} processes share {self.batch_prompts} prompts: some would have none")
         return self
 
 

@@ -115,6 +115,11 @@ class Tracker:
                 mlflow.log_batch(self.run_id, params=params[first : first + 100])
             mlflow.log_text(self.run_id, json.dumps({"config": dict(config), "inputs": dict(inputs)}, indent=2), "config.json")
 
+    def adopt(self, run_id: str) -> None:
+        """Goes on with a run that another process has opened, if there is one."""
+        if run_id:
+            self._client, self.run_id = client(), run_id
+
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Logs numbers at a step. They are sent in batches; `finish` sends the rest."""
         now = int(time.time() * 1000)
