@@ -118,16 +118,19 @@ def group_scores(role: Role, group: Sequence[EncodedRanking], pad_id: int) -> Te
     """Raw scores [N] of the completions of a group that `pack` made, ranking by ranking."""
     if group[0].joined:
         return ranking_scores(role, [each.prompts[0] for each in group], [each.completions for each in group], pad_id)
-    return over_rows(group, lambda prompts, completions: sequence_scores(role, prompts, completions, pad_id))
+    return over_rows(role, group, lambda prompts, completions: sequence_scores(role, prompts, completions, pad_id))
 
 
-def over_rows(group: Sequence[EncodedRanking], look: Callable[[list[list[int]], list[list[int]]], Tensor]) -> Tensor:
+def over_rows(role: Role, group: Sequence[EncodedRanking], look: Callable[[list[list[int]], list[list[int]]], Tensor]) -> Tensor:
     """What `look` gives [n] of prompts and completions, for all N completions of a group with a row each, ranking by ranking.
 
-    Among many completions of one prompt some are far longer than the others, so rows of similar length are looked at together.
+    Among many completions of one prompt some are far longer than the others, so rows of similar length are looked at together. Of a
+    role that is divided over processes all are: a group is one forward pass there, or the processes would not make equally many.
     """
     prompts = [prompt for each in group for prompt in each.prompts]
     completions = [completion for each in group for completion in each.completions]
+    if role.divided:
+        return look(prompts, completions)
     parts = tight_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
     found_N = torch.cat([look([prompts[i] for i in part], [completions[i] for i in part]) for part in parts])
     return found_N[torch.tensor([row for part in parts for row in part]).argsort()]

@@ -44,6 +44,7 @@ def divide_layers(role: Role, place: torch.device) -> None:
             adapters = {weight for weight in weights.values() if weight.requires_grad} if frozen else set()
             fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
             layer.set_gradient_divide_factor(1.0)  # the loss is divided by counts of the whole batch: gradients are summed
+            layer.set_force_sum_reduction_for_comms(True)  # Gloo has no other
             replaced |= {id(weights[name]): parameter for name, parameter in layer.named_parameters()}
         role.trainable = [replaced.get(id(parameter), parameter) for parameter in role.trainable]
         role.divided = True
