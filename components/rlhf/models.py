@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from components.rlhf import sharding
 from components.rlhf.attention import use_short_rows
+from components.rlhf.distributed import rank
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -250,8 +251,14 @@ def scorer_role(model: PreTrainedModel, trainable: bool = False) -> Role:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A plain Hugging Face folder: safetensors, tokenizer, chat template. Loads with any `AutoModel`."""
+    """A plain Hugging Face folder: safetensors, tokenizer, chat template. Loads with any `AutoModel`.
+
+    Of several processes the first one writes it; the folder is there in all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     weights = sharding.whole(model.state_dict()) if sharding.divided(list(model.parameters())) else None
+    if rank() != 0:
+        return
     model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)

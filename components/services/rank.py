@@ -116,11 +116,13 @@ def _run(job: Job, scratch: Path) -> Outcome:
         signal.signal(number, context.on_signal)
     try:
         outputs = module.run(config, inputs, context)
-    finally:
+    except BaseException:
         try:
-            context.tracker.flush()
+            context.tracker.send_rest("FAILED")
         except StageFailure as unreachable:
             _log.warning("the last metrics are lost: %s", unreachable.message)
+        raise
+    context.tracker.send_rest("FINISHED")
     if rank() != 0:
         return Outcome(rank=rank())
     for page in context.pages:

@@ -104,6 +104,15 @@ class Tracker:
             return
         self._client = client()
         self._ask(lambda mlflow: self._open(mlflow, config, inputs), patience=0)
+        self._begin_sending()
+
+    def adopt(self, run_id: str) -> None:
+        """Goes on with a run that another process has opened and will close, if there is one; `send_rest` ends it here."""
+        if run_id:
+            self._client, self.run_id = client(), run_id
+            self._begin_sending()
+
+    def _begin_sending(self) -> None:
         self._sender = threading.Thread(target=self._send_beside, name="mlflow-metrics", daemon=True)
         self._sender.start()
 
@@ -126,11 +135,6 @@ class Tracker:
         for first in range(0, len(params), 100):
             mlflow.log_batch(self.run_id, params=params[first : first + 100])
         mlflow.log_text(self.run_id, json.dumps({"config": dict(config), "inputs": dict(inputs)}, indent=2), "config.json")
-
-    def adopt(self, run_id: str) -> None:
-        """Goes on with a run that another process has opened, if there is one."""
-        if run_id:
-            self._client, self.run_id = client(), run_id
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Logs numbers at a step, without waiting for MLflow; `finish` waits until all are sent.
@@ -174,6 +178,13 @@ class Tracker:
             record: tags to be set before.
         """
         patience = _patience() if status == "FINISHED" else 0.0
+        self.send_rest(status)
+        self.tags(record or {}, patience)
+        self._ask(lambda mlflow: mlflow.set_terminated(self.run_id, status), patience)
+
+    def send_rest(self, status: str) -> None:
+        """Sends what is pending; waits for a server that is away as `finish` does."""
+        patience = _patience() if status == "FINISHED" else 0.0
         self._ending = True
         self._enough.set()
         if self._sender is not None:
@@ -182,8 +193,6 @@ class Tracker:
             raise self._refused
         if not self._refused and not (self._sender and self._sender.is_alive()):
             self._ask(self._send_pending, patience)
-        self.tags(record or {}, patience)
-        self._ask(lambda mlflow: mlflow.set_terminated(self.run_id, status), patience)
 
     def _ask(self, request: Callable[[MlflowClient], None], patience: float | None = None) -> None:
         """Makes a request, again and again while the server is away, for `patience` seconds; each may be sent twice."""

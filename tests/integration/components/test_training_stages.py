@@ -261,3 +261,82 @@ def test_what_cannot_work_is_said_and_not_retried(
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not [item.uri for item in Storage().list(root + "/") if "checkpoints" not in item.uri], "nothing is half-written"
+
+
+SCORED = {"cut_completions": "scored", "samples_per_prompt": 2, "minibatches": 2, "kl_target": 0.5}
+
+
+@pytest.mark.parametrize(("stage", "options"), [*((stage, {}) for stage in OPTIONS), ("ppo_finetune", SCORED)])
+def test_lines_26_and_28_two_processes_end_as_one_but_for_rounding(
+    stage: str, options: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """They share rows, and take micro-batches of another shape; so sums are added in another order, and that is all."""
+    together = run(stage, f"s3://rankloop/together-{stage}-{len(options)}", undisturbed.inputs[stage], processes=2, **options)
+    alone = undisturbed.outputs[stage]
+    if options:
+        alone = run(stage, f"s3://rankloop/alone-{stage}", undisturbed.inputs[stage], **options).outputs
+    for name, uri in together.outputs.items():
+        ours, theirs = fetched(uri, tmp_path / name), fetched(alone[name], tmp_path / f"{name}-alone")
+        assert ours.keys() == theirs.keys()
+        for weight, values in theirs.items():
+            torch.testing.assert_close(ours[weight], values, atol=2e-5, rtol=2e-5)
+        rows = [contents(each)["training.jsonl"] for each in (uri, alone[name])]
+        for own, other in zip(*rows, strict=True):
+            near = {key for key in own if key not in ("accuracy", "logprob_mismatch")}  # of equal scores rounding decides
+            assert {key: own[key] for key in near} == pytest.approx({key: other[key] for key in near}, rel=1e-3, abs=1e-4)
+    run_id = json.loads((tmp_path / next(iter(alone)) / "rankloop.json").read_text())["mlflow_run_id"]
+    finished = client().get_run(run_id)
+    assert finished.info.status == "FINISHED", "one MLflow run, which the stage has closed"
+    assert any(not key.startswith("summary/") for key in finished.data.metrics), "the first process has sent its numbers to it"
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [("train_sft", {}), ("train_reward_model", {"lora_rank": 2}), ("dpo_finetune", {})],
+)
+def test_layers_divided_over_the_processes_learn_the_same(
+    stage: str, options: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    """And what divided layers have saved goes on in one process that has them whole."""
+    alone = undisturbed.outputs[stage]
+    if options:
+        alone = run(stage, f"s3://rankloop/whole-{stage}", undisturbed.inputs[stage], **options).outputs
+    divided = StageProcess(stage, f"s3://rankloop/divided-{stage}", undisturbed.inputs[stage], processes=2, shard=True, **options)
+    divided.signal_after(3, signal.SIGTERM)
+    ended = divided.ended()
+    assert ended.returncode == 75, ended.stderr
+    done = run(stage, f"s3://rankloop/divided-{stage}", undisturbed.inputs[stage], **options)
+    again = run(stage, f"s3://rankloop/divided-again-{stage}", undisturbed.inputs[stage], processes=2, shard=True, **options)
+    assert "continuing after" in done.stderr
+    for number, each in enumerate((done, again)):
+        for name, uri in each.outputs.items():
+            ours, theirs = fetched(uri, tmp_path / f"{name}-{number}"), fetched(alone[name], tmp_path / f"{name}-alone-{number}")
+            assert ours.keys() == theirs.keys()
+            for weight, values in theirs.items():
+                torch.testing.assert_close(ours[weight], values, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("stage", ["train_reward_model", "ppo_finetune"])
+def test_told_to_stop_two_processes_save_once_and_three_go_on(stage: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    root = f"s3://rankloop/two-then-three-{stage}"
+    process = StageProcess(stage, root, undisturbed.inputs[stage], processes=2, checkpoint_seconds=3600)
+    process.signal_after(2, signal.SIGTERM)
+    ended = process.ended()
+    assert ended.returncode == 75, ended.stderr
+    assert "was asked to stop (SIGTERM); its checkpoint is saved" in ended.stderr
+    assert [item.uri.rpartition("/")[2] for item in Storage().list(root + "/")] in (["reward.safetensors"], ["ppo.safetensors"])
+    done = run(stage, root, undisturbed.inputs[stage], processes=3)
+    assert "continuing after" in done.stderr
+    for name, uri in done.outputs.items():
+        ours, theirs = fetched(uri, tmp_path / name), fetched(undisturbed.outputs[stage][name], tmp_path / f"{name}-alone")
+        for weight, values in theirs.items():
+            torch.testing.assert_close(ours[weight], values, atol=2e-5, rtol=2e-5)
+    assert not list(Storage().list(root + "/checkpoints/"))
+
+
+def test_what_one_of_two_processes_finds_wrong_is_what_the_stage_says(undisturbed: Undisturbed) -> None:
+    """Both diverge at the same step, because the loss is that of the whole batch."""
+    inputs = undisturbed.inputs["train_sft"]
+    ended = run("train_sft", "s3://rankloop/diverged-together", inputs, processes=2, learning_rate=1e30)
+    assert ended.returncode == 65, ended.stderr
+    assert "train_sft failed: SFT diverged" in ended.stderr

@@ -1,0 +1,70 @@
+"""Several processes as they are really started: by torchrun, and by the Kubeflow SDK's local backend. One that is killed ends all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from components.services.storage import Storage
+from pipelines.local_services import LocalServices
+from tests.stage_processes import StageProcess, fetched, publish_snapshot, run
+
+SECONDS_TO_NOTICE = 60
+
+
+@pytest.fixture(scope="module")
+def snapshot(services: LocalServices) -> dict[str, str]:
+    return publish_snapshot("s3://rankloop/processes")
+
+
+def rank_process(number: int) -> psutil.Process:
+    """The process that torchrun has started as this one."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "components.services.rank" in process.cmdline() and process.environ().get("RANK") == str(number):
+                return process
+        except psutil.NoSuchProcess:
+            continue
+    raise AssertionError(f"there is no process {number}")
+
+
+def test_a_killed_process_ends_the_stage_at_once_and_one_goes_on_from_its_checkpoint(
+    snapshot: dict[str, str], tmp_path: Path
+) -> None:
+    root = "s3://rankloop/one-of-two-killed"
+    stage = StageProcess("train_sft", root, snapshot, forked=False, processes=2, epochs=20)
+    while len(stage.steps()) < 3:
+        time.sleep(0.05)
+    os.kill(rank_process(1).pid, signal.SIGKILL)
+    killed = time.monotonic()
+    ended = stage.ended()
+    seconds = time.monotonic() - killed
+    assert ended.returncode == 75, ended.stderr
+    assert "train_sft failed: process 1 of 2 was killed by SIGKILL" in ended.stderr
+    assert seconds < SECONDS_TO_NOTICE
+    print(f"noticed after {seconds:.1f} seconds")
+    assert {item.uri.split("/")[4] for item in Storage().list(root + "/")} == {"checkpoints"}
+    resumed, whole = (run("train_sft", each, snapshot, epochs=20) for each in (root, root + "-not"))
+    assert "continuing after" in resumed.stderr
+    ours, theirs = (fetched(each.uri, tmp_path / str(number)) for number, each in enumerate((resumed, whole)))
+    for name, values in theirs.items():
+        torch.testing.assert_close(ours[name], values, atol=1e-4, rtol=1e-4)
+
+
+def test_a_train_job_of_the_local_backend_gives_the_policy_of_one_process(
+    snapshot: dict[str, str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    alone = run("train_sft", "s3://rankloop/no-train-job", snapshot)
+    monkeypatch.setenv("RANKLOOP_TRAINER", "local")
+    job = run("train_sft", "s3://rankloop/train-job", snapshot, forked=False, processes=2)
+    assert "examples; one of them:" in job.stderr, "the job's log is passed on"
+    ours, theirs = (fetched(each.uri, tmp_path / str(number)) for number, each in enumerate((job, alone)))
+    for name, values in theirs.items():
+        torch.testing.assert_close(ours[name], values, atol=2e-5, rtol=2e-5)
