@@ -42,7 +42,9 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
-    RUNTIME_ONLY = frozenset({"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "threads", "checkpoint_seconds"})
+    RUNTIME_ONLY = frozenset(
+        {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "threads", "checkpoint_seconds"}
+    )
 
     updates: int = Field(50, ge=1)
     """PPO updates, each with fresh completions."""

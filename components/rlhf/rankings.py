@@ -140,7 +140,7 @@ def over_rows(role: Role, group: Sequence[EncodedRanking], look: Callable[[list[
 def over_processes(
     role: Role, rankings: Sequence[EncodedRanking], max_tokens: int, look: Callable[[Sequence[EncodedRanking]], Tensor]
 ) -> list[Tensor]:
-    """What `look` gives [N] of a group's completions, for all rankings: float32 [K] each, on the CPU; each process looks at a share."""
+    """What `look` gives [N] of a group's completions, for all rankings: float32 [K] each, on the CPU. Processes share the work."""
     different = list({id(each): each for each in rankings}.values())
     first, end = {}, 0  # where a ranking's completions are among all
     for each in different:

@@ -1,9 +1,9 @@
 """Layers divided over the processes, for models that one device cannot hold: FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-Each process keeps one part of every transformer layer: of its weights, gradients and moments. A layer is put together for its forward
-and its backward pass, and taken apart again (Rajbhandari 2020, "ZeRO", stage 3). Embeddings, the last norm, the head and adapters
-stay whole: they are used outside of the layers too. Checkpoints hold whole tensors, so another number of processes can read them,
-or one that divides nothing.
+Each process keeps one part of every transformer layer: of its weights, gradients and moments. A layer is put together for its
+forward and its backward pass, and taken apart again (Rajbhandari 2020, "ZeRO", stage 3). Embeddings, the last norm, the head and
+adapters stay whole: they are used outside of the layers too. Checkpoints hold whole tensors, so another number of processes can
+read them, or one that divides nothing.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
 
 
 def whole(value: Any) -> Any:
-    """The value with every divided tensor in it put together, in the host's memory of the first process; all processes must call it.
+    """The value with every divided tensor in it put together, in the host's memory of the first process.
 
-    The others, which write nothing, get their own parts back.
+    All processes must call it. The others, which write nothing, get their own parts back.
     """
     if isinstance(value, dict):
         return {key: whole(each) for key, each in value.items()}

@@ -39,7 +39,10 @@ class Checkpoints:
         return time.monotonic() - self._saved >= self._seconds
 
     def save(self, state: Any) -> None:
-        """Replaces the checkpoint; a reader sees the old one or the new one, never a part. Of several processes the first writes it."""
+        """Replaces the checkpoint; a reader sees the old one or the new one, never a part.
+
+        Of several processes the first writes it.
+        """
         if rank() == 0:
             checkpoint.save(state, str(self._file))
             self._storage.upload_file(self._file, self._uri)

@@ -7,6 +7,8 @@ import signal
 import sys
 from typing import Any
 
+from pydantic import Field
+
 from components.services.launch import Settings
 
 JOB_VARIABLE = "RANKLOOP_JOB"
@@ -42,11 +44,11 @@ class Outcome(Settings):
     """Whether it failed because another one was gone."""
     time: float = 0.0
     """When it failed, in seconds since 1970."""
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = Field(default_factory=dict)
     """The stage's outputs, from the first process."""
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = Field(default_factory=dict)
     """The stage's summary, from the first process."""
-    pages: list[str] = []
+    pages: list[str] = Field(default_factory=list)
     """Names of the reports that lie beside this, from the first process."""
 
 

@@ -1,7 +1,7 @@
 """Runs a stage in several processes: those of this pod by torchrun, those of several nodes as a Kubeflow TrainJob.
 
-The stage that was started (by KFP, or by hand) does not train itself then. It opens the MLflow run, starts the processes, waits, and
-ends as they do: with the outputs of the first, or with the failure of that which failed first.
+The stage that was started (by KFP, or by hand) does not train itself then. It opens the MLflow run, starts the processes, waits,
+and ends as they do: with the outputs of the first, or with the failure of that which failed first.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import psutil
 
 from components.services.exits import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED, EXIT_RETRY, DoNotRetry, Retry
-from components.services.launch import Context, Settings
 from components.services.job import JOB_VARIABLE, Job, Outcome
+from components.services.launch import Context, Settings
 
 TRAINER_VARIABLE = "RANKLOOP_TRAINER"  # "kubernetes", "container" or "local": the processes of one node, too, are a TrainJob there
 LOOK_SECONDS = 0.2
@@ -50,9 +50,7 @@ def run_together(module: types.ModuleType, config: Settings, inputs: Settings, c
         StageFailure, ProcessFailed, KeyboardInterrupt: as the process that failed first.
     """
     outcomes = context.uri("checkpoints", f"{context.key}/processes-{uuid.uuid4().hex}")
-    job = Job(
-        stage=context.stage, config=context.config, inputs=context.inputs, outcomes=outcomes, run_id=context.tracker.run_id
-    )
+    job = Job(stage=context.stage, config=context.config, inputs=context.inputs, outcomes=outcomes, run_id=context.tracker.run_id)
     started = _start(job)
     try:
         with context.deferred_stop() as stop:
@@ -128,7 +126,8 @@ class Node:
 
     def stop(self) -> None:
         """Tells the processes themselves: torchrun would kill them after the time that it gives to the echo of a failure."""
-        for process in psutil.Process(self._process.pid).children() or [self._process]:
+        parent = psutil.Process(self._process.pid)
+        for process in parent.children() or [parent]:
             process.terminate()
 
     def said(self) -> str:

@@ -23,14 +23,16 @@ from typing import Any, NoReturn
 import torch
 from torch import distributed as group
 
-from components.rlhf.distributed import any_of, processes, rank, wait_for_all
+from components.rlhf.distributed import any_of, rank, wait_for_all
 from components.services.exits import DoNotRetry, Retry, StageFailure
 from components.services.job import JOB_VARIABLE, Job, Outcome, die_with_parent
 from components.services.launch import Context, Settings, code_and_message, parse_settings
 from components.services.progress import EVENTS_VARIABLE
 from components.services.storage import Storage, join
 
-WAIT_SECONDS = 600  # for a process that says nothing, such as the first while it uploads a checkpoint; a dead one is noticed at once
+WAIT_SECONDS = (
+    600  # for a process that says nothing, such as the first while it uploads a checkpoint; a dead one is noticed at once
+)
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +155,9 @@ def _take_device() -> None:
         return
     there, wanted = torch.accelerator.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
     if there < wanted:
-        raise DoNotRetry(f"{wanted} processes on a node with {there} accelerators", f"set processes to {there}, or give the pod more")
+        raise DoNotRetry(
+            f"{wanted} processes on a node with {there} accelerators", f"set processes to {there}, or give the pod more"
+        )
     torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
 
 

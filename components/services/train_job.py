@@ -53,7 +53,9 @@ class TrainJob:
         try:
             self._name = self._client.train(runtime=self._runtime(), trainer=trainer_of(job, backend))
         except (RuntimeError, TimeoutError) as error:
-            raise Retry(f"the TrainJob could not be made: {error}: {error.__cause__}", "check the trainer and its rights") from error
+            raise Retry(
+                f"the TrainJob could not be made: {error}: {error.__cause__}", "check the trainer and its rights"
+            ) from error
         except ValueError as error:
             raise DoNotRetry(f"the TrainJob could not be made: {error}", f"check {RUNTIME_VARIABLE}") from error
         _log.info("TrainJob %s of %s nodes", self._name, job.config["nodes"])
@@ -155,7 +157,9 @@ def client_of(backend: str) -> TrainerClient:
     try:
         from kubeflow import trainer
     except ImportError as error:
-        raise DoNotRetry("several nodes need the package kubeflow, which is not installed", "pip install rankloop[nodes]") from error
+        raise DoNotRetry(
+            "several nodes need the package kubeflow, which is not installed", "pip install rankloop[nodes]"
+        ) from error
     configs = {
         "kubernetes": trainer.KubernetesBackendConfig,
         "container": trainer.ContainerBackendConfig,

@@ -1,4 +1,4 @@
-"""Several processes as they are really started: by torchrun, and by the Kubeflow SDK's local backend. One that is killed ends all."""
+"""Several processes as they are really started: by torchrun, and by the Kubeflow SDK's local backend."""
 
 from __future__ import annotations
 
