@@ -1,7 +1,7 @@
 """Starts the processes of one node and watches them: torchrun, as a module that says which process failed first and how.
 
-`python -m components.services.node` starts as many as the job's `processes`. Where torchrun has started this module itself, as in the
-pods of a TrainJob, it is one of the processes already.
+`python -m components.services.node` starts as many as the job's `processes`. Where torchrun has started this module itself, as in
+the pods of a TrainJob, it is one of the processes already.
 """
 
 from __future__ import annotations

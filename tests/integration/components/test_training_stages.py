@@ -19,7 +19,7 @@ from components.rlhf.reward_training import scores_of
 from components.services.storage import Storage
 from components.services.tracking import client
 from pipelines.local_services import LocalServices
-from tests.stage_processes import OPTIONS, StageProcess, Undisturbed, contents, fetched, run, train_undisturbed
+from tests.stage_processes import OPTIONS, Ended, StageProcess, Undisturbed, contents, fetched, run, train_undisturbed
 
 UNDISTURBED = "s3://rankloop/undisturbed"
 
@@ -263,74 +263,78 @@ def test_what_cannot_work_is_said_and_not_retried(
     assert not [item.uri for item in Storage().list(root + "/") if "checkpoints" not in item.uri], "nothing is half-written"
 
 
-SCORED = {"cut_completions": "scored", "samples_per_prompt": 2, "minibatches": 2, "kl_target": 0.5}
+def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """The same weights but for rounding."""
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        torch.testing.assert_close(ours[name], values, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("stage", "options"), [*((stage, {}) for stage in OPTIONS), ("ppo_finetune", SCORED)])
-def test_lines_26_and_28_two_processes_end_as_one_but_for_rounding(
-    stage: str, options: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path
-) -> None:
-    """They share rows, and take micro-batches of another shape; so sums are added in another order, and that is all."""
-    together = run(stage, f"s3://rankloop/together-{stage}-{len(options)}", undisturbed.inputs[stage], processes=2, **options)
-    alone = undisturbed.outputs[stage]
-    if options:
-        alone = run(stage, f"s3://rankloop/alone-{stage}", undisturbed.inputs[stage], **options).outputs
-    for name, uri in together.outputs.items():
-        ours, theirs = fetched(uri, tmp_path / name), fetched(alone[name], tmp_path / f"{name}-alone")
-        assert ours.keys() == theirs.keys()
-        for weight, values in theirs.items():
-            torch.testing.assert_close(ours[weight], values, atol=2e-5, rtol=2e-5)
-        rows = [contents(each)["training.jsonl"] for each in (uri, alone[name])]
-        for own, other in zip(*rows, strict=True):
-            near = {key for key in own if key not in ("accuracy", "logprob_mismatch")}  # of equal scores rounding decides
-            assert {key: own[key] for key in near} == pytest.approx({key: other[key] for key in near}, rel=1e-3, abs=1e-4)
-    run_id = json.loads((tmp_path / next(iter(alone)) / "rankloop.json").read_text())["mlflow_run_id"]
-    finished = client().get_run(run_id)
-    assert finished.info.status == "FINISHED", "one MLflow run, which the stage has closed"
-    assert any(not key.startswith("summary/") for key in finished.data.metrics), "the first process has sent its numbers to it"
+def assert_learned_alike(one: Ended, other: dict[str, str], folder: Path) -> None:
+    """The same weights and history but for rounding, whatever a stage publishes."""
+    for name, uri in one.outputs.items():
+        assert_near(fetched(uri, folder / name), fetched(other[name], folder / f"{name}-other"))
+        ours, theirs = (contents(each)["training.jsonl"] for each in (uri, other[name]))
+        for own, row in zip(ours, theirs, strict=True):
+            keys = own.keys() - {"accuracy", "logprob_mismatch"}  # of equal scores rounding decides which is higher
+            assert {key: own[key] for key in keys} == pytest.approx({key: row[key] for key in keys}, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", list(OPTIONS))
+def test_line_28_two_processes_end_as_one_but_for_rounding(stage: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """They share the rows of each batch, so numbers are added in another order, and that is all."""
+    root = f"s3://rankloop/together-{stage}"
+    together = run(stage, root, undisturbed.inputs[stage], processes=2, checkpoint_seconds=3600)
+    assert_learned_alike(together, undisturbed.outputs[stage], tmp_path)
+    finished = client().get_run(Storage().get_json(together.uri + "/rankloop.json")["mlflow_run_id"])
+    assert finished.info.status == "FINISHED", "the stage has one MLflow run, and has closed it"
+    assert any(not key.startswith("summary/") for key in finished.data.metrics), "its first process has sent numbers to it"
+
+
+def test_line_26_rewards_and_advantages_are_whitened_over_all_processes(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    options = {"whiten_rewards": True, "cut_completions": "scored", "samples_per_prompt": 2, "minibatches": 2, "kl_target": 0.5}
+    options |= {"updates": 6, "checkpoint_seconds": 3600}
+    inputs = undisturbed.inputs["ppo_finetune"]
+    together, alone = (run("ppo_finetune", f"s3://rankloop/whitened-{n}", inputs, processes=n, **options) for n in (2, 1))
+    assert_learned_alike(together, alone.outputs, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("stage", "options"),
-    [("train_sft", {}), ("train_reward_model", {"lora_rank": 2}), ("dpo_finetune", {})],
+    ("stage", "options", "then"),
+    [
+        ("train_sft", {}, {}),
+        ("train_reward_model", {"lora_rank": 2}, {"processes": 2, "shard": True}),
+        ("dpo_finetune", {}, {"processes": 2, "shard": True}),
+    ],
+    ids=["sft-then-whole", "reward-model-with-adapters", "dpo"],
 )
 def test_layers_divided_over_the_processes_learn_the_same(
-    stage: str, options: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path
+    stage: str, options: dict[str, Any], then: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """And what divided layers have saved goes on in one process that has them whole."""
-    alone = undisturbed.outputs[stage]
-    if options:
-        alone = run(stage, f"s3://rankloop/whole-{stage}", undisturbed.inputs[stage], **options).outputs
-    divided = StageProcess(stage, f"s3://rankloop/divided-{stage}", undisturbed.inputs[stage], processes=2, shard=True, **options)
-    divided.signal_after(3, signal.SIGTERM)
-    ended = divided.ended()
+    """From a checkpoint that divided layers left, too."""
+    root, inputs = f"s3://rankloop/divided-{stage}", undisturbed.inputs[stage]
+    stopped = StageProcess(stage, root, inputs, processes=2, shard=True, checkpoint_seconds=3600, **options)
+    stopped.signal_after(5, signal.SIGTERM)
+    ended = stopped.ended()
     assert ended.returncode == 75, ended.stderr
-    done = run(stage, f"s3://rankloop/divided-{stage}", undisturbed.inputs[stage], **options)
-    again = run(stage, f"s3://rankloop/divided-again-{stage}", undisturbed.inputs[stage], processes=2, shard=True, **options)
+    done = run(stage, root, inputs, checkpoint_seconds=3600, **options, **then)
     assert "continuing after" in done.stderr
-    for number, each in enumerate((done, again)):
-        for name, uri in each.outputs.items():
-            ours, theirs = fetched(uri, tmp_path / f"{name}-{number}"), fetched(alone[name], tmp_path / f"{name}-alone-{number}")
-            assert ours.keys() == theirs.keys()
-            for weight, values in theirs.items():
-                torch.testing.assert_close(ours[weight], values, atol=2e-5, rtol=2e-5)
+    whole = run(stage, root + "-not", inputs, checkpoint_seconds=3600, **options) if options else None
+    assert_learned_alike(done, whole.outputs if whole else undisturbed.outputs[stage], tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["train_reward_model", "ppo_finetune"])
 def test_told_to_stop_two_processes_save_once_and_three_go_on(stage: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    root = f"s3://rankloop/two-then-three-{stage}"
-    process = StageProcess(stage, root, undisturbed.inputs[stage], processes=2, checkpoint_seconds=3600)
+    root, inputs = f"s3://rankloop/two-then-three-{stage}", undisturbed.inputs[stage]
+    process = StageProcess(stage, root, inputs, processes=2, checkpoint_seconds=3600)
     process.signal_after(2, signal.SIGTERM)
     ended = process.ended()
     assert ended.returncode == 75, ended.stderr
     assert "was asked to stop (SIGTERM); its checkpoint is saved" in ended.stderr
     assert [item.uri.rpartition("/")[2] for item in Storage().list(root + "/")] in (["reward.safetensors"], ["ppo.safetensors"])
-    done = run(stage, root, undisturbed.inputs[stage], processes=3)
+    done = run(stage, root, inputs, processes=3, checkpoint_seconds=3600)
     assert "continuing after" in done.stderr
-    for name, uri in done.outputs.items():
-        ours, theirs = fetched(uri, tmp_path / name), fetched(undisturbed.outputs[stage][name], tmp_path / f"{name}-alone")
-        for weight, values in theirs.items():
-            torch.testing.assert_close(ours[weight], values, atol=2e-5, rtol=2e-5)
+    assert_learned_alike(done, undisturbed.outputs[stage], tmp_path)
     assert not list(Storage().list(root + "/checkpoints/"))
 
 
