@@ -23,6 +23,8 @@ class Job(Settings):
     """Values of its `Config`."""
     inputs: dict[str, Any]
     """Values of its `Inputs`."""
+    root: str
+    """The `s3://` URI below which the stage's artifacts lie."""
     outcomes: str
     """The `s3://` URI below which each process says how it ended."""
     run_id: str

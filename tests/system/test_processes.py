@@ -15,6 +15,7 @@ import torch
 from components.services.storage import Storage
 from pipelines.local_services import LocalServices
 from tests.stage_processes import StageProcess, fetched, publish_snapshot, run
+from tests.trainer_stand_in import cluster
 
 SECONDS_TO_NOTICE = 60
 
@@ -68,3 +69,27 @@ def test_a_train_job_of_the_local_backend_gives_the_policy_of_one_process(
     ours, theirs = (fetched(each.uri, tmp_path / str(number)) for number, each in enumerate((job, alone)))
     for name, values in theirs.items():
         torch.testing.assert_close(ours[name], values, atol=2e-5, rtol=2e-5)
+
+
+def test_a_train_job_of_two_nodes_is_made_followed_and_removed_and_its_exit_is_the_stages(
+    snapshot: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SDK's Kubernetes backend against a stand-in for the cluster; the two nodes' torchrun meet as they would there."""
+    with cluster() as (found, kubeconfig):
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        monkeypatch.setenv("RANKLOOP_TRAIN_IMAGE", "registry.example/train@sha256:1")
+        done = run("train_sft", "s3://rankloop/two-nodes", snapshot, nodes=2)
+        ((name, job),) = found.jobs.items()
+        assert found.deleted == [name]
+        failed = run("train_sft", "s3://rankloop/two-nodes-diverge", snapshot, nodes=2, learning_rate=1e30)
+    trainer = job["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["image"]) == (2, "registry.example/train@sha256:1")
+    assert job["spec"]["runtimeRef"]["name"] == "rankloop-torch"
+    assert [each["name"] for each in trainer["env"]] == ["RANKLOOP_JOB"], "secrets come from the runtime, not from the stage"
+    assert "examples; one of them:" in done.stderr, "the first node's log is passed on"
+    alone = run("train_sft", "s3://rankloop/one-node", snapshot)
+    ours, theirs = (fetched(each.uri, tmp_path / str(number)) for number, each in enumerate((done, alone)))
+    for weight, values in theirs.items():
+        torch.testing.assert_close(ours[weight], values, atol=2e-5, rtol=2e-5)
+    assert failed.returncode == 65, failed.stderr
+    assert "train_sft failed: SFT diverged" in failed.stderr
