@@ -1,7 +1,7 @@
-"""A stand-in for a cluster with Kubeflow Trainer: what the SDK asks of the Kubernetes API, and pods that are processes of this machine.
+"""A stand-in for a cluster with Kubeflow Trainer: what the SDK asks of the Kubernetes API; pods are processes of this machine.
 
-It is no cluster: it has one runtime, checks nothing, and of the controller it does what the torch plugin of Trainer 2 does: it gives
-each node's command the variables `PET_*`, which torchrun reads. Commands are those of the TrainJob, unchanged.
+It is no cluster: it has one runtime and checks nothing. Of the controller it does what the torch plugin of Trainer 2 does: it gives
+each node's command the variables `PET_*` that torchrun reads. The commands are those of the TrainJob, unchanged.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ and ends as they do: with the outputs of the first, or with the failure of that 
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from typing import Any, Protocol
 
 import psutil
 
-from components.services.exits import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED, EXIT_RETRY, DoNotRetry, Retry
+from components.services.exits import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED, EXIT_RETRY, DoNotRetry, Retry, StageFailure
 from components.services.job import JOB_VARIABLE, Job, Outcome
 from components.services.launch import Context, Settings
 
 TRAINER_VARIABLE = "RANKLOOP_TRAINER"  # "kubernetes", "container" or "local": the processes of one node, too, are a TrainJob there
 LOOK_SECONDS = 0.2
+
+_log = logging.getLogger(__name__)
 
 
 class Processes(Protocol):
@@ -50,7 +53,14 @@ def run_together(module: types.ModuleType, config: Settings, inputs: Settings, c
         StageFailure, ProcessFailed, KeyboardInterrupt: as the process that failed first.
     """
     outcomes = context.uri("checkpoints", f"{context.key}/processes-{uuid.uuid4().hex}")
-    job = Job(stage=context.stage, config=context.config, inputs=context.inputs, outcomes=outcomes, run_id=context.tracker.run_id)
+    job = Job(
+        stage=context.stage,
+        config=context.config,
+        inputs=context.inputs,
+        root=context.root,
+        outcomes=outcomes,
+        run_id=context.tracker.run_id,
+    )
     started = _start(job)
     try:
         with context.deferred_stop() as stop:
@@ -75,12 +85,21 @@ def run_together(module: types.ModuleType, config: Settings, inputs: Settings, c
         return module.Outputs(**first.outputs)
     finally:
         started.close()
-        for item in list(context.storage.list(outcomes + "/")):
-            context.storage.delete(item.uri)
+        try:
+            for item in list(context.storage.list(outcomes + "/")):
+                context.storage.delete(item.uri)
+        except StageFailure as unreachable:  # the stage ends as it would without them
+            _log.warning("%s is left behind: %s", outcomes, unreachable.message)
 
 
 def failure(ends: list[Outcome], processes: int, said: str) -> BaseException:
-    """What the stage fails with: a process that was killed comes first, then the earliest failure that is not another's echo."""
+    """What the stage fails with: the earliest failure that is no echo of another's, or else the process that was killed.
+
+    Args:
+        ends: what processes said; one that was killed has minus a signal's number as its exit code.
+        processes: how many there were.
+        said: what is known besides.
+    """
     killed = [end for end in ends if end.exit_code < 0]
     failed = sorted((end for end in ends if end.exit_code > 0), key=lambda end: (end.lost_contact, end.time))
     if failed and not failed[0].lost_contact:

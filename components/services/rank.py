@@ -26,7 +26,7 @@ from torch import distributed as group
 from components.rlhf.distributed import any_of, rank, wait_for_all
 from components.services.exits import DoNotRetry, Retry, StageFailure
 from components.services.job import JOB_VARIABLE, Job, Outcome, die_with_parent
-from components.services.launch import Context, Settings, code_and_message, parse_settings
+from components.services.launch import STORAGE_VARIABLE, Context, Settings, code_and_message, parse_settings
 from components.services.progress import EVENTS_VARIABLE
 from components.services.storage import Storage, join
 
@@ -92,6 +92,7 @@ def main() -> None:
         stream=sys.stderr,
     )
     job = Job.model_validate_json(os.environ[JOB_VARIABLE])
+    os.environ[STORAGE_VARIABLE] = job.root  # what was made below one root is found below no other
     scratch = Path(tempfile.mkdtemp(prefix=f"rankloop-{job.stage}-"))
     try:
         outcome = _run(job, scratch)

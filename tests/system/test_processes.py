@@ -40,7 +40,7 @@ def test_a_killed_process_ends_the_stage_at_once_and_one_goes_on_from_its_checkp
     snapshot: dict[str, str], tmp_path: Path
 ) -> None:
     root = "s3://rankloop/one-of-two-killed"
-    stage = StageProcess("train_sft", root, snapshot, forked=False, processes=2, epochs=20)
+    stage = StageProcess("train_sft", root, snapshot, forked=False, processes=2, epochs=6)
     while len(stage.steps()) < 3:
         time.sleep(0.05)
     os.kill(rank_process(1).pid, signal.SIGKILL)
@@ -52,7 +52,7 @@ def test_a_killed_process_ends_the_stage_at_once_and_one_goes_on_from_its_checkp
     assert seconds < SECONDS_TO_NOTICE
     print(f"noticed after {seconds:.1f} seconds")
     assert {item.uri.split("/")[4] for item in Storage().list(root + "/")} == {"checkpoints"}
-    resumed, whole = (run("train_sft", each, snapshot, epochs=20) for each in (root, root + "-not"))
+    resumed, whole = (run("train_sft", each, snapshot, epochs=6) for each in (root, root + "-not"))
     assert "continuing after" in resumed.stderr
     ours, theirs = (fetched(each.uri, tmp_path / str(number)) for number, each in enumerate((resumed, whole)))
     for name, values in theirs.items():
