@@ -46,25 +46,26 @@ RUNTIME = {
 
 
 class Cluster:
-    """TrainJobs by name as they were made, and their nodes as processes."""
+    """TrainJobs as they were made, those that are there by name, and their nodes as processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.made: list[dict[str, Any]] = []
         self.jobs: dict[str, dict[str, Any]] = {}
         self.nodes: dict[str, list[subprocess.Popen[bytes]]] = {}
-        self.deleted: list[str] = []
 
     def make(self, job: dict[str, Any]) -> dict[str, Any]:
         name, trainer = job["metadata"]["name"], job["spec"]["trainer"]
         job["metadata"] |= {"namespace": "default", "creationTimestamp": "2026-01-01T00:00:00Z"}
         (port,) = free_ports(1)
+        self.made.append(job)
         self.jobs[name], self.nodes[name] = job, []
         for number in range(trainer["numNodes"]):
             home = self.folder / f"{name}-{number}"
-            home.mkdir()
+            home.mkdir(exist_ok=True)
             variables = {each["name"]: each["value"] for each in trainer["env"]}
             variables |= {"PET_NNODES": str(trainer["numNodes"]), "PET_NODE_RANK": str(number), "PET_MASTER_PORT": str(port)}
-            variables |= {"PET_NPROC_PER_NODE": str(trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"])}
+            variables |= {"PET_NPROC_PER_NODE": str(int(float(trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"])))}
             variables |= {"PET_MASTER_ADDR": "127.0.0.1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
             with open(home / "log", "wb") as log:
                 pod = subprocess.Popen(
@@ -109,7 +110,7 @@ class Cluster:
                 time.sleep(0.1)
 
     def delete(self, name: str) -> None:
-        self.deleted.append(name)
+        self.jobs.pop(name, None)
         for pod in self.nodes[name]:
             if pod.poll() is None:
                 pod.terminate()
@@ -125,8 +126,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.endswith("/trainingruntimes/rankloop-torch"):
             self._answer(RUNTIME)
-        elif found := re.search(r"/trainjobs/([\w-]+)$", self.path):
-            job = self.cluster.jobs[found[1]]
+        elif (found := re.search(r"/trainjobs/([\w-]+)$", self.path)) and (job := self.cluster.jobs.get(found[1])):
             self._answer(job | {"status": self.cluster.status(found[1])})
         elif found := re.search(r"/pods/([\w-]+)/log", self.path):
             self.send_response(200)
@@ -141,7 +141,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self._answer(self.cluster.make(json.loads(body)), 201)
+        job = json.loads(body)
+        if job["metadata"]["name"] in self.cluster.jobs:
+            self._answer({"kind": "Status", "status": "Failure", "reason": "AlreadyExists", "code": 409}, 409)
+        else:
+            self._answer(self.cluster.make(job), 201)
 
     def do_DELETE(self) -> None:
         self.cluster.delete(self.path.rpartition("/")[2])

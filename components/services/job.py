@@ -17,6 +17,8 @@ JOB_VARIABLE = "RANKLOOP_JOB"
 class Job(Settings):
     """What several processes run together."""
 
+    name: str
+    """The same for every attempt at the same work."""
     stage: str
     """Name of the package below `components`."""
     config: dict[str, Any]

@@ -54,6 +54,7 @@ def run_together(module: types.ModuleType, config: Settings, inputs: Settings, c
     """
     outcomes = context.uri("checkpoints", f"{context.key}/processes-{uuid.uuid4().hex}")
     job = Job(
+        name=f"rankloop-{context.key[:16]}",
         stage=context.stage,
         config=context.config,
         inputs=context.inputs,

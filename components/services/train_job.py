@@ -45,13 +45,17 @@ class TrainJob:
     def __init__(self, job: Job, backend: str) -> None:
         self._backend, self._outcomes = backend, job.outcomes
         self._client = client_of(backend)
+        from kubeflow.trainer.options import Name
+
         self._seen = time.monotonic()
         self._looked = 0.0
         self._told = 0.0
         self._lines = 0
         self._status = "Created"
+        self._name = job.name
+        self._remove_earlier()
         try:
-            self._name = self._client.train(runtime=self._runtime(), trainer=trainer_of(job, backend))
+            self._client.train(runtime=self._runtime(), trainer=trainer_of(job, backend), options=[Name(job.name)])
         except (RuntimeError, TimeoutError) as error:
             raise Retry(
                 f"the TrainJob could not be made: {error}: {error.__cause__}", "check the trainer and its rights"
@@ -92,7 +96,7 @@ class TrainJob:
         return f"TrainJob {self._name}: {self._status}"
 
     def close(self) -> None:
-        self._follower.join(LOOK_SECONDS)
+        self._follower.join(5 * LOOK_SECONDS)
         if not self._told:
             self._delete()
 
@@ -102,6 +106,18 @@ class TrainJob:
             self._client.delete_job(self._name)
         except (RuntimeError, TimeoutError, ValueError) as error:
             _log.warning("TrainJob %s is left behind: %s", self._name, error)
+
+    def _remove_earlier(self) -> None:
+        """Removes the job of an attempt that was killed, or two would write the same checkpoints; its pods get time to end."""
+        if self._backend != "kubernetes":
+            return
+        try:
+            self._client.get_job(self._name)
+        except RuntimeError:  # it is not there; where the cluster cannot be asked, nothing can be made either
+            return
+        _log.warning("TrainJob %s of an earlier attempt is removed", self._name)
+        self._delete()
+        time.sleep(STOP_SECONDS)
 
     def _runtime(self) -> Runtime | str:
         """The runtime's name; of local processes a runtime that starts Python, not the torchrun of an empty environment."""

@@ -12,6 +12,8 @@ import psutil
 import pytest
 import torch
 
+from components.services import train_job
+from components.services.job import Job
 from components.services.storage import Storage
 from pipelines.local_services import LocalServices
 from tests.stage_processes import StageProcess, fetched, publish_snapshot, run
@@ -79,8 +81,8 @@ def test_a_train_job_of_two_nodes_is_made_followed_and_removed_and_its_exit_is_t
         monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
         monkeypatch.setenv("RANKLOOP_TRAIN_IMAGE", "registry.example/train@sha256:1")
         done = run("train_sft", "s3://rankloop/two-nodes", snapshot, nodes=2)
-        ((name, job),) = found.jobs.items()
-        assert found.deleted == [name]
+        (job,) = found.made
+        assert not found.jobs, "nothing is left"
         failed = run("train_sft", "s3://rankloop/two-nodes-diverge", snapshot, nodes=2, learning_rate=1e30)
     trainer = job["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["image"]) == (2, "registry.example/train@sha256:1")
@@ -93,3 +95,28 @@ def test_a_train_job_of_two_nodes_is_made_followed_and_removed_and_its_exit_is_t
         torch.testing.assert_close(ours[weight], values, atol=2e-5, rtol=2e-5)
     assert failed.returncode == 65, failed.stderr
     assert "train_sft failed: SFT diverged" in failed.stderr
+
+
+def test_the_train_job_of_a_killed_attempt_is_removed_before_another_is_made(
+    services: LocalServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_job, "STOP_SECONDS", 0.1)
+    where = services.storage_root + "/killed-attempt"
+    job = Job(
+        name="rankloop-1",
+        stage="train_sft",
+        config={"nodes": 1, "processes": 1},
+        inputs={},
+        root=where,
+        outcomes=where + "/outcomes",
+        run_id="",
+    )
+    with cluster() as (found, kubeconfig):
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
+        train_job.TrainJob(job, "kubernetes")  # whoever made it was killed
+        second = train_job.TrainJob(job, "kubernetes")
+        assert len(found.made) == 2
+        assert list(found.jobs) == ["rankloop-1"]
+        second.stop()
+        second.close()
+        assert not found.jobs
