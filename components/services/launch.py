@@ -251,7 +251,7 @@ def launch(
         join_run_tree(context.storage, context.root)
         context.tracker.start(context.config, context.inputs)
         ready = time.monotonic()
-        outputs: tuple[Any, ...] = module.run(parsed_config, parsed_inputs, context)
+        outputs: tuple[Any, ...] = _run(module, parsed_config, parsed_inputs, context)
         # A name of its own, because a stage's series may have the same names.
         context.tracker.metrics({f"summary/{k}": v for k, v in context.summary.items() if isinstance(v, (int, float))})
         context.tracker.finish("FINISHED")
@@ -285,6 +285,15 @@ def launch(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _run(module: types.ModuleType, config: Settings, inputs: Settings, context: Context) -> Any:
+    """Runs the stage: here, or in as many processes as its config asks for."""
+    if getattr(config, "processes", 1) * getattr(config, "nodes", 1) == 1:
+        return module.run(config, inputs, context)
+    from components.services.processes import run_together
+
+    return run_together(module, config, inputs, context)
+
+
 def _set_caches() -> None:
     """Keeps torch from holding on to a compiled kernel for every shape that ever came. Takes effect before torch is imported.
 
@@ -313,18 +322,9 @@ def _fail(stage: str, error: BaseException, context: Context | None, progress: P
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not cut the clean-up
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = error.filename or tempfile.gettempdir()
-        error = Retry(f"no space left on device: {where}", "free disk space (TMPDIR moves the scratch folder), then run again")
     if isinstance(error, SystemExit):
         raise error
-    if isinstance(error, StageFailure):
-        code, message = error.exit_code, str(error)
-    elif isinstance(error, KeyboardInterrupt):
-        code, message = EXIT_INTERRUPTED, "interrupted"
-    else:
-        _log.error("unexpected failure", exc_info=error)
-        code, message = 1, f"{type(error).__name__}: {error}"
+    code, message = code_and_message(error)
     if code == EXIT_DO_NOT_RETRY:
         final.keep(message)
     if context is not None:
@@ -342,6 +342,19 @@ def _fail(stage: str, error: BaseException, context: Context | None, progress: P
     progress.event("failed", exit_code=code, message=message)
     print(f"{stage} failed: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def code_and_message(error: BaseException) -> tuple[int, str]:
+    """The exit code of a failure and what a person is told; one that nobody foresaw is logged with its traceback."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or tempfile.gettempdir()
+        error = Retry(f"no space left on device: {where}", "free disk space (TMPDIR moves the scratch folder), then run again")
+    if isinstance(error, StageFailure):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    _log.error("unexpected failure", exc_info=error)
+    return 1, f"{type(error).__name__}: {error}"
 
 
 def main(stage: str) -> None:

@@ -105,6 +105,15 @@ class Tracker:
             return
         self._client = client()
         self._ask(lambda mlflow: self._open(mlflow, config, inputs), patience=0)
+        self._begin_sending()
+
+    def adopt(self, run_id: str) -> None:
+        """Goes on with a run that another process has opened and will close, if there is one; `send_rest` ends it here."""
+        if run_id:
+            self._client, self.run_id = client(), run_id
+            self._begin_sending()
+
+    def _begin_sending(self) -> None:
         self._sender = threading.Thread(target=self._send_beside, name="mlflow-metrics", daemon=True)
         self._sender.start()
 
@@ -176,6 +185,13 @@ class Tracker:
             record: tags to be set before.
         """
         patience = _patience() if status == "FINISHED" else 0.0
+        self.send_rest(status)
+        self.tags(record or {}, patience)
+        self._ask(lambda mlflow: mlflow.set_terminated(self.run_id, status), patience)
+
+    def send_rest(self, status: str) -> None:
+        """Sends what is pending; waits for a server that is away as `finish` does."""
+        patience = _patience() if status == "FINISHED" else 0.0
         self._ending = True
         self._enough.set()
         if self._sender is not None:
@@ -184,8 +200,6 @@ class Tracker:
             raise self._refused
         if not self._refused and not (self._sender and self._sender.is_alive()):
             self._ask(self._send_pending, patience)
-        self.tags(record or {}, patience)
-        self._ask(lambda mlflow: mlflow.set_terminated(self.run_id, status), patience)
 
     def _ask(self, request: Callable[[MlflowClient], None], patience: float | None = None) -> None:
         """Makes a request, again and again while the server is away, for `patience` seconds; each may be sent twice."""

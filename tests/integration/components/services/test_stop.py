@@ -15,7 +15,7 @@ import pytest
 from components.services.stop import PID_VARIABLE, stop
 from components.services.storage import Storage
 from pipelines.local_services import LocalServices
-from tests.stage_processes import StageProcess, put_snapshot, run
+from tests.stage_processes import StageProcess, publish_snapshot, run
 
 # Leaves on SIGTERM as a stage does, but takes its time; or not at all.
 SLOW = (
@@ -67,7 +67,7 @@ def test_the_hook_saves_what_a_training_has_done_and_a_retry_goes_on(
 ) -> None:
     monkeypatch.setenv(PID_VARIABLE, str(tmp_path / "pid"))
     root = f"s3://rankloop/stopped-{uuid.uuid4().hex}"
-    inputs = put_snapshot(root)
+    inputs = publish_snapshot(root)
     # Far apart, so that the checkpoint below is the hook's.
     process = StageProcess("train_sft", root, inputs, checkpoint_seconds=3600)
     process.signal_after(3, signal.SIG_DFL)  # nothing is sent: it only waits for three steps
