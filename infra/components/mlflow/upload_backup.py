@@ -2,8 +2,8 @@
 
     python upload_backup.py FOLDER
 
-The marker `rankloop.json`, with the SHA-256 of each dump, is written last: a folder without it is no back-up. Reads RANKLOOP_STORAGE and
-boto3's variables. Exit codes are those of a stage: 65 nothing to upload or no right to, 75 the store does not answer.
+The marker `rankloop.json`, with the SHA-256 of each dump, is written last: a folder without it is no back-up. RANKLOOP_STORAGE and
+boto3's variables say where to. Exit codes are those of a stage: 65 nothing to upload or no right to, 75 the store does not answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Makes the MLflow user that the stages log in with, or gives it the password of the secret. Runs in the job `rankloop-mlflow-users`.
+"""Makes the MLflow user that stages log in with, or gives it the secret's password; the job `rankloop-mlflow-users` runs it.
 
-Reads MLFLOW_TRACKING_URI, ADMIN_PASSWORD, STAGE_USERNAME and STAGE_PASSWORD. The user gets no right on anything that is there; what it
-makes, it may manage, as the server's `default_permission` is NO_PERMISSIONS.
+Reads MLFLOW_TRACKING_URI, ADMIN_PASSWORD, STAGE_USERNAME and STAGE_PASSWORD. The user gets no right on anything that is there (the
+server's `default_permission` is NO_PERMISSIONS); what it makes, it may manage.
 """
 
 from __future__ import annotations
