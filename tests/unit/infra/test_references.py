@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.cluster_tools import INFRA, OVERLAYS, containers, kubectl, only, pod_spec, rendered
-
-Secrets = dict[str, dict[str, str]]
-# Stands in for a cluster, as far as the script uses one: `get` looks for a file, `create` has the real kubectl make the object.
-CLUSTER = """#!/usr/bin/env bash
-shift 2    # --namespace NAME
-[ "$1" = get ] && { test -e "$FOLDER/$3.yaml"; exit; }
-test ! -e "$FOLDER/$4.yaml" && "$REAL" "$@" --dry-run=client --output yaml >"$FOLDER/$4.yaml"
-"""
-
-
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    (folder / "kubectl").write_text(CLUSTER, encoding="utf-8")
-    (folder / "kubectl").chmod(0o755)
-    environment = {**os.environ, "KUBECTL": str(folder / "kubectl"), "FOLDER": str(folder), "REAL": kubectl()}
-    return subprocess.run([INFRA / "secrets.sh", *options], env=environment, capture_output=True, text=True)
-
-
-def secrets_in(folder: Path) -> Secrets:
-    found = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yaml")]
-    return {each["metadata"]["name"]: {k: base64.b64decode(v).decode() for k, v in each["data"].items()} for each in found}
+from tests.cluster_tools import OVERLAYS, containers, only, pod_spec, rendered, run_secrets_script, secrets_in
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("secrets")
-    done = run(folder)
+    done = run_secrets_script(folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -47,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made_on_aws(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("secrets-aws")
-    done = run(folder, "--aws")
+    done = run_secrets_script(folder, "--aws")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -103,7 +80,7 @@ def test_on_aws_there_is_no_s3_secret(made_on_aws: Path) -> None:
 
 def test_a_second_run_replaces_nothing(made: Path) -> None:
     before = secrets_in(made)
-    done = run(made)
+    done = run_secrets_script(made)
     assert done.returncode == 0, done.stderr
     assert secrets_in(made) == before
     assert not set(done.stdout.split()) & {value for each in before.values() for value in each.values()}
@@ -125,7 +102,7 @@ def test_values_are_random_and_belong_together(made: Path, made_on_aws: Path) ->
 def test_keys_that_the_store_would_not_know_are_refused(made: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(made, tmp_path / "copy")
     (folder / "rankloop-seaweedfs.yaml").unlink()
-    done = run(folder)
+    done = run_secrets_script(folder)
     assert done.returncode == 65
     assert "secret/rankloop-s3 is there, but rankloop-seaweedfs" in done.stderr
 
