@@ -23,7 +23,8 @@ make() {
 }
 
 make rankloop-postgres <<<"POSTGRES_PASSWORD=$(random 24)"
-make rankloop-mlflow-server <<<"MLFLOW_AUTH_ADMIN_PASSWORD=$(random 16)
+make rankloop-mlflow-server <<<"MLFLOW_AUTH_ADMIN_USERNAME=admin
+MLFLOW_AUTH_ADMIN_PASSWORD=$(random 16)
 MLFLOW_FLASK_SERVER_SECRET_KEY=$(random 32)"
 make rankloop-mlflow <<<"MLFLOW_TRACKING_USERNAME=rankloop-stage
 MLFLOW_TRACKING_PASSWORD=$(random 16)"

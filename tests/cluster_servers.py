@@ -76,7 +76,7 @@ def mlflow(folder: Path, secrets: Secrets, endpoint: str, workers: int) -> Itera
         command = [_here(_moved(each, here), database_port) for each in container["args"]]
         command = [re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], each) for each in command]
         command[0] = sys.executable
-        address = f"http://127.0.0.1:{port}"
+        address = f"http://localhost:{port}"  # a name that --allowed-hosts has
         path = container["readinessProbe"]["httpGet"]["path"]
         with running(command, folder / "mlflow.log", address + path, environment, signal.SIGTERM):
             yield address, database_port

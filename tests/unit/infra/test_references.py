@@ -12,6 +12,8 @@ import yaml
 
 from tests.cluster_tools import OVERLAYS, containers, only, pod_spec, rendered, run_secrets_script, secrets_in
 
+NAMES = {"rankloop-stage", "admin"}  # of MLflow's users: all else is random
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -89,14 +91,14 @@ def test_a_second_run_replaces_nothing(made: Path) -> None:
 def test_values_are_random_and_belong_together(made: Path, made_on_aws: Path) -> None:
     secrets = secrets_in(made)
     values = [value for name, each in secrets.items() if name != "rankloop-seaweedfs" for value in each.values()]
-    assert len(values) == len(set(values)) == 16
-    assert all(len(value) >= 20 for value in values if value != "rankloop-stage")
+    assert len(values) == len(set(values)) == 17
+    assert all(len(value) >= 20 for value in values if value not in NAMES)
     identities = yaml.safe_load(secrets["rankloop-seaweedfs"]["s3.json"])["identities"]
     known = {each["credentials"][0]["accessKey"]: each["credentials"][0]["secretKey"] for each in identities}
     given = {each["AWS_ACCESS_KEY_ID"]: each["AWS_SECRET_ACCESS_KEY"] for each in secrets.values() if "AWS_ACCESS_KEY_ID" in each}
     assert known == given
     others = {value for each in secrets_in(made_on_aws).values() for value in each.values()}
-    assert set(values) & others == {"rankloop-stage"}  # the name of MLflow's user
+    assert set(values) & others == NAMES
 
 
 def test_keys_that_the_store_would_not_know_are_refused(made: Path, tmp_path: Path) -> None:
