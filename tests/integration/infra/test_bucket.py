@@ -1,8 +1,8 @@
 """`rankloop bucket apply` on a real SeaweedFS, with the identities of infra/secrets.sh: what each of them can and cannot do.
 
 Who refuses: without our policy (`test_what_the_identities_alone_refuse`) SeaweedFS's identities keep the reader from writing, and
-MLflow and the back-up in their folders. But the right to write is the right to delete there, and even to switch versioning off.
-From that the policy alone keeps the stages, and `test_the_policy_alone_refuses` shows that it does not lean on the identities. On AWS
+MLflow and the back-up in their folders. But there the right to write is the right to delete, and even to switch versioning off;
+from that the policy alone keeps the stages. `test_the_policy_alone_refuses` shows that it does not lean on the identities. On AWS,
 IAM roles take the place of the identities.
 """
 
