@@ -103,7 +103,7 @@ def write(client: S3Client, bucket: str, found: Settings | None, to_be: Settings
     """
     if found is None:
         region = client.meta.region_name
-        place = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        place = {} if region in ("us-east-1", "aws-global") else {"CreateBucketConfiguration": {"LocationConstraint": region}}
         client.create_bucket(Bucket=bucket, **cast(Any, place))
     before = found or {}
     if before.get("versioning") != to_be["versioning"]:

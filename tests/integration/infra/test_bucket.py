@@ -79,8 +79,9 @@ def rankloop(endpoint: str, secrets: Secrets) -> Iterator[Callable[..., str]]:
         assert result.exit_code == 0, result.output
         return result.output
 
-    place = {"AWS_ENDPOINT_URL_S3": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "RANKLOOP_STORAGE": f"s3://{BUCKET}"}
+    place = {"AWS_ENDPOINT_URL_S3": endpoint, "RANKLOOP_STORAGE": f"s3://{BUCKET}"}
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("AWS_DEFAULT_REGION", raising=False)
         for key, value in {**place, **secrets["rankloop-s3-admin"]}.items():
             patch.setenv(key, value)
         yield run
@@ -126,10 +127,14 @@ def test_what_the_identities_alone_refuse(client: Clients) -> None:
     # the right to write is the right to delete, and to change settings
     assert not refused(stage.delete_object, Key="rankings/a/data")
     assert not refused(stage.put_bucket_versioning, VersioningConfiguration={"Status": "Suspended"})
+    for each in admin.list_objects_v2(Bucket=BUCKET)["Contents"]:
+        admin.delete_object(Bucket=BUCKET, Key=each["Key"])
+    admin.delete_bucket(Bucket=BUCKET)
 
 
 def test_it_is_done_once(rankloop: Callable[..., str], client: Clients) -> None:
     shown = rankloop()
+    assert shown.startswith("+ bucket rankloop\n")
     assert '+  "versioning": "Enabled"' in shown
     assert shown.endswith("rankloop: done\n")
     assert rankloop() == rankloop("--check") == "rankloop: all as it should be\n"
