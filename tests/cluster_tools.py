@@ -153,15 +153,24 @@ def only(objects: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
     return found
 
 
-def pod_spec(thing: dict[str, Any]) -> dict[str, Any] | None:
-    """The specification of the pods that an object makes, or None."""
+def pod_template(thing: dict[str, Any]) -> dict[str, Any] | None:
+    """The template of the pods that an object makes, or None."""
     spec = thing.get("spec", {})
     if thing["kind"] == "CronJob":
         spec = spec["jobTemplate"]["spec"]
-    if thing["kind"] in ("Deployment", "StatefulSet", "DaemonSet", "Job", "CronJob"):
-        found: dict[str, Any] = spec["template"]["spec"]
+    if thing["kind"] == "TrainingRuntime":
+        (job,) = spec["template"]["spec"]["replicatedJobs"]
+        spec = job["template"]["spec"]
+    if thing["kind"] in ("Deployment", "StatefulSet", "DaemonSet", "Job", "CronJob", "TrainingRuntime"):
+        found: dict[str, Any] = spec["template"]
         return found
-    return spec if thing["kind"] == "Pod" else None
+    return thing if thing["kind"] == "Pod" else None
+
+
+def pod_spec(thing: dict[str, Any]) -> dict[str, Any] | None:
+    """The specification of the pods that an object makes, or None."""
+    template = pod_template(thing)
+    return template["spec"] if template else None
 
 
 def containers(spec: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import functools
 import json
 import os
@@ -14,8 +16,9 @@ import kubernetes_validate
 import kubernetes_validate.utils
 import pytest
 import yaml
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
 
-from tests.cluster_tools import INFRA, OVERLAYS, objects_of, pod_spec, rendered
+from tests.cluster_tools import INFRA, OVERLAYS, objects_of, pod_spec, pod_template, rendered
 
 ALONE = "components/gpu-time-slicing"  # applied on its own
 NAMES = (*(f"overlays/{name}" for name in OVERLAYS), ALONE)
@@ -36,8 +39,23 @@ def check(thing: dict[str, Any], version: str) -> None:
         jsonschema.Draft202012Validator(schema).validate(thing)
     elif thing["kind"] == "PodDefault":
         check_pod_default(thing, version)
+    elif thing["kind"] == "TrainingRuntime":
+        check_training_runtime(thing, version)
     else:
         kubernetes_validate.validate(thing, version, strict=True)
+
+
+def check_training_runtime(thing: dict[str, Any], version: str) -> None:
+    """By the models of Kubeflow Trainer 2.3, which drop what they do not know."""
+    try:
+        known = TrainerV1alpha1TrainingRuntime.from_dict(copy.deepcopy(thing))
+    except ValueError as error:
+        raise jsonschema.ValidationError(str(error)) from error
+    lines = [json.dumps(each, indent=1, sort_keys=True).splitlines() for each in (thing, known.to_dict() if known else {})]
+    if lost := [line for line in difflib.unified_diff(*lines, n=0) if line[0] == "-"]:  # type: ignore[misc, arg-type]
+        raise jsonschema.ValidationError(f"the model has no such key: {lost}")
+    workload = {"apiVersion": "batch/v1", "kind": "Job", "metadata": thing["metadata"], "spec": {"template": pod_template(thing)}}
+    kubernetes_validate.validate(workload, version, strict=True)
 
 
 def check_pod_default(thing: dict[str, Any], version: str) -> None:
@@ -84,6 +102,8 @@ def test_every_object_passes_the_schema_of_its_kind(name: str, version: str) -> 
         ("NetworkPolicy", ("spec", "policyTypes"), "Egress"),
         ("ServiceMonitor", ("spec", "endpoints"), [{"port": "http", "intervall": "30s"}]),
         ("PrometheusRule", ("spec", "groups"), [{"name": "x", "rules": [{"alert": "Y", "for": "5m"}]}]),
+        ("TrainingRuntime", ("spec", "mlpolicy"), {}),
+        ("TrainingRuntime", ("spec", "template"), {"spec": {"replicatedJobs": [{"name": "node", "templates": {}}]}}),
         ("PodDefault", ("spec", "volume"), []),
         ("PodDefault", ("spec", "env"), [{"name": "X", "vaule": "y"}]),
         ("PodDefault", ("spec", "selector"), {"matchLabel": {}}),
@@ -150,4 +170,4 @@ def test_every_file_is_used() -> None:
 
 def test_the_pods_were_looked_at() -> None:
     kinds = {each["kind"] for name in NAMES for each in rendered(name) if pod_spec(each)}
-    assert kinds == {"Deployment", "StatefulSet", "Job", "CronJob"}
+    assert kinds == {"Deployment", "StatefulSet", "Job", "CronJob", "TrainingRuntime"}
