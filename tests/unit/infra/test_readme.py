@@ -86,11 +86,14 @@ def test_the_roles_are_made_or_brought_up_to_date(calls: list[list[str]]) -> Non
         for each in rendered("overlays/aws")
         if each["kind"] == "ServiceAccount" and "annotations" in each["metadata"]
     }
-    assert set(made) == annotated
+    assert set(made) == {*annotated, "rankloop-reader"}
     assert [each[each.index("--role-name") + 1] for each in calls if each[1] == "update-assume-role-policy"] == ["rankloop-stage"]
     for call in [each for each in calls if each[1] == "create-role"]:
         (statement,) = json.loads(call[-1])["Statement"]
         name = call[call.index("--role-name") + 1]
+        if name == "rankloop-reader":
+            assert statement["Principal"] == {"AWS": "arn:aws:iam::123456789012:root"}
+            continue
         assert statement["Principal"] == {"Federated": "arn:aws:iam::123456789012:oidc-provider/oidc.example.org/id/ABC"}
         assert statement["Condition"]["StringEquals"] == {
             "oidc.example.org/id/ABC:aud": "sts.amazonaws.com",
@@ -101,6 +104,7 @@ def test_the_roles_are_made_or_brought_up_to_date(calls: list[list[str]]) -> Non
 def test_the_roles_may_touch_their_part_of_the_bucket_alone(calls: list[list[str]]) -> None:
     bucket = "arn:aws:s3:::rankloop-123456789012"
     places = {"rankloop-stage": f"{bucket}/*", "rankloop-mlflow": f"{bucket}/mlflow/*", "rankloop-backup": f"{bucket}/backups/*"}
+    places["rankloop-reader"] = f"{bucket}/*"
     granted = {each[each.index("--role-name") + 1]: json.loads(each[-1]) for each in calls if each[1] == "put-role-policy"}
     assert set(granted) == set(places)
     for name, document in granted.items():
