@@ -114,7 +114,7 @@ def test_each_alert_fires_when_it_should_and_not_before(groups: list[dict[str, A
 
 
 def test_every_metric_is_one_that_its_exporter_has(groups: list[dict[str, Any]]) -> None:
-    """Names and labels as their sources have them; MLflow's are looked for in a running server (tests/system/test_mlflow_server.py)."""
+    """Names and labels as their sources have them; tests/system/test_mlflow_server.py looks for MLflow's in a running server."""
     exporters = {
         "kube_": {  # kube-state-metrics 2.x, docs/metrics
             "kube_pod_container_status_terminated_reason": {"namespace", "pod", "container", "reason"},

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.main import get_command
 
 from components.services.exits import DoNotRetry
+from pipelines.cli import app
 from pipelines.cluster.bucket_rules import KEPT, OTHERS, Days, Principals, canonical, difference, merged, wanted
 
 STAGE, READER = "arn:aws:iam::000000000000:user/rankloop-stage", "arn:aws:iam::000000000000:user/rankloop-reader"
@@ -135,3 +137,11 @@ def test_the_difference_is_a_diff() -> None:
 def test_a_place_that_is_no_s3_uri_is_refused() -> None:
     with pytest.raises(DoNotRetry, match="'/data' is not an S3 URI"):
         wanted("/data", WHO, Days(), tls=False)
+
+
+def test_the_command_explains_itself_and_its_options() -> None:
+    (told,) = get_command(app).commands["bucket"].commands.values()  # type: ignore[attr-defined]
+    assert told.name == "apply"
+    assert told.help
+    for parameter in told.params:
+        assert parameter.help, f"{parameter.name} says nothing of itself"
