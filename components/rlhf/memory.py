@@ -6,6 +6,7 @@ computes shapes and nothing else, and what autograd saves there is added up.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import resource
 import sys
@@ -46,11 +47,16 @@ def table(shares: list[Share]) -> str:
 
 
 def shape_only(config: PretrainedConfig, precision: Precision) -> PreTrainedModel:
-    """A causal language model without weights."""
+    """A causal language model without weights, with a configuration of its own.
+
+    transformers gives a model the very configuration that it is made from and writes into it which attention to use: what is built
+    from the caller's afterwards would attend as shapes do.
+    """
     from transformers import AutoModelForCausalLM
 
+    own = copy.deepcopy(config)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype_of(precision)).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=dtype_of(precision)).eval()
     if device().type == "cpu":
         use_short_rows(model)
     else:
@@ -112,6 +118,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if not query.is_meta:
+            raise RuntimeError("attention that only plans memory was given real numbers; it computes nothing")
         rows, heads, tokens, size = query.shape
         mixed_BTHD = query.new_empty((rows, tokens, heads, size))
         ctx.save_for_backward(query, key, value, mask, mixed_BTHD, query.new_empty((rows, heads, tokens), dtype=torch.float32))
