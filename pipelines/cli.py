@@ -1,4 +1,4 @@
-"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`."""
+"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`, `bucket`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 
 from components.services.exits import EXIT_INTERRUPTED, StageFailure
 from pipelines import models
+from pipelines.cluster import bucket
 from pipelines.display import Home, console_of
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 
 app.add_typer(models.app, name="models")
+app.add_typer(bucket.app, name="bucket")
 
 
 @app.command()
