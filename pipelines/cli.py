@@ -14,6 +14,7 @@ import typer
 
 from components.services.exits import EXIT_INTERRUPTED, StageFailure
 from pipelines import models
+from pipelines.arguments import Sources
 from pipelines.cluster import bucket
 from pipelines.display import Home, console_of
 
@@ -62,7 +63,7 @@ def run(
     from pipelines.local_services import default_home
 
     resolved = profile_file.load(profile, assignments or (), seed, method)
-    sources = laptop.Sources(*map(_absolute, (rankings, demonstrations, pretraining)))
+    sources = Sources(*map(_absolute, (rankings, demonstrations, pretraining)))
     code = laptop.run(resolved, sources, home or default_home(), fresh, console_of())
     raise typer.Exit(code)
 
@@ -87,7 +88,7 @@ def watch(
     from pipelines.local_services import default_home
 
     resolved = profile_file.load(profile, assignments or (), None, method)
-    sources = laptop.Sources(_absolute(rankings), "", "")
+    sources = Sources(_absolute(rankings), "", "")
     raise typer.Exit(laptop.run(resolved, sources, home or default_home(), False, console_of(), "drift_watch"))
 
 
