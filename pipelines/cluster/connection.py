@@ -6,8 +6,8 @@
 `kfp.Client` prints links, warns, retries a dead server for 25 s with tracebacks and writes `~/.config/kfp`; here it is used for its
 credentials and its generated calls, and does none of that.
 
-The token, the first of these that there is: RANKLOOP_KFP_TOKEN; the file RANKLOOP_KFP_TOKEN_FILE; in a cluster the projected token of
-the service account, read anew for each call; none, as on a port-forward.
+The token, the first of these that there is: RANKLOOP_KFP_TOKEN; the file RANKLOOP_KFP_TOKEN_FILE; in a cluster the service account's
+projected token, read anew for each call; none, as on a port-forward.
 """
 
 from __future__ import annotations
