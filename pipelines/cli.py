@@ -1,4 +1,4 @@
-"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`, `bucket`."""
+"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`; and what talks to a cluster, of `pipelines.cluster`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from components.services.exits import EXIT_INTERRUPTED, StageFailure
 from pipelines import models
 from pipelines.arguments import Sources
-from pipelines.cluster import bucket
+from pipelines.cluster import bucket, commands, schedule_commands
 from pipelines.display import Home, console_of
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app = typer.Typer(
 
 app.add_typer(models.app, name="models")
 app.add_typer(bucket.app, name="bucket")
+app.add_typer(commands.app)
+app.add_typer(schedule_commands.app, name="schedule")
 
 
 @app.command()

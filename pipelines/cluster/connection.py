@@ -6,8 +6,8 @@
 `kfp.Client` prints links, warns, retries a dead server for 25 s with tracebacks and writes `~/.config/kfp`; here it is used for its
 credentials and its generated calls, and does none of that.
 
-The token, the first of these that there is: RANKLOOP_KFP_TOKEN; the file RANKLOOP_KFP_TOKEN_FILE; in a cluster the service account's
-projected token, read anew for each call; none, as on a port-forward.
+The token, the first of these that there is: RANKLOOP_KFP_TOKEN; the file RANKLOOP_KFP_TOKEN_FILE; in a cluster the service
+account's projected token, read anew for each call; none, as on a port-forward.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def _quiet_client(host: str, token: str, credentials: Any, ca: str) -> Any:
     from kfp import Client
     from kfp_server_api import V2beta1GetHealthzResponse
 
-    class QuietClient(Client):  # type: ignore[misc]
+    class QuietClient(Client):
         def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
             """Its constructor would ask five times, with a traceback each, and write what it learns to the user's home."""
             return V2beta1GetHealthzResponse(multi_user=False)

@@ -208,7 +208,7 @@ def differences(found: Any, wish: Wanted) -> list[str]:
     """What a recurring run has otherwise than wished, one line each."""
     schedule = found.trigger.cron_schedule if found.trigger else None
     reference = found.pipeline_version_reference
-    has: dict[str, Any] = {"cron": schedule.cron if schedule else None, "enabled": _enabled(found)}
+    has: dict[str, Any] = {"cron": schedule.cron if schedule else None, "enabled": is_enabled(found)}
     wants = dict(wish.shown)
     name = wants.pop("version")
     lines = []
@@ -235,10 +235,11 @@ def _different(key: str, has: Any, wants: Any) -> Iterator[str]:
 def _holds(found: Any, wish: Wanted) -> bool:
     """Whether it is as wished, and nobody has changed since what KFP's pages can change: whether it is enabled."""
     mark = MARK.search(found.description or "")
-    return bool(mark) and mark[1] == wish.digest and _enabled(found) == wish.shown["enabled"]  # type: ignore[index]
+    return bool(mark) and mark[1] == wish.digest and is_enabled(found) == wish.shown["enabled"]  # type: ignore[index]
 
 
-def _enabled(found: Any) -> bool:
+def is_enabled(found: Any) -> bool:
+    """Whether a recurring run of KFP's runs."""
     return str(found.status or "") == "ENABLED" if found.status else str(found.mode or "") == "ENABLE"
 
 

@@ -17,7 +17,6 @@ from components.services.tracking import client, mlflow_errors
 from pipelines import STAGES, WATCH
 from pipelines.cluster.connection import Connection, Refused
 
-ENDED = ("SUCCEEDED", "SKIPPED", "FAILED", "CANCELED")
 NAMES = {each.replace("_", "-"): each for each in (*STAGES, WATCH, "close_run", "stop_run", "ingest_shard", "merge_shards")}
 _DRIVER = re.compile(r"driver(\(\d+\))?$")
 

@@ -81,21 +81,22 @@ def experiment_of(kfp: Connection, name: str) -> str:
     """The id of the experiment, which is created if it is not there."""
     import kfp_server_api
 
-    found = _experiment_named(kfp, name)
+    found = experiment_named(kfp, name)
     if found:
         return found
     body = kfp_server_api.V2beta1Experiment(display_name=name, namespace=kfp.namespace or None)
     try:
         made = kfp.ask(f"experiment {name}", kfp.client.experiments.experiment_service_create_experiment, body, again=False)
     except Refused as error:
-        found = _experiment_named(kfp, name) if error.status in (400, 409) else ""
+        found = experiment_named(kfp, name) if error.status in (400, 409) else ""
         if not found:
             raise
         return found
     return str(made.experiment_id)
 
 
-def _experiment_named(kfp: Connection, name: str) -> str:
+def experiment_named(kfp: Connection, name: str) -> str:
+    """The id of the experiment, or ""."""
     call = kfp.client.experiments.experiment_service_list_experiments
     for each in kfp.pages("experiments", call, "experiments", namespace=kfp.namespace):
         if each.display_name == name:

@@ -64,7 +64,7 @@ class Claims:
 
         Raises:
             Retry: somebody else is starting it, or S3 or KFP fails.
-            DoNotRetry: the run cannot be started; the claim is given back, so the next delivery tries again.
+            DoNotRetry: the run cannot be started. After both, the next delivery tries again at once.
         """
         digest = hashlib.sha256(key.encode()).hexdigest()
         uri, mark = join(self._root, FOLDER, f"{digest}.json"), digest[:_DIGITS]
@@ -87,7 +87,7 @@ class Claims:
             time.sleep(0.5)
         try:
             run_id = begin(mark, taken_over)
-        except DoNotRetry as error:
+        except StageFailure as error:  # who delivers it again looks first whether the run was created after all
             self._storage.put_if(uri, _claim(key, failed=error.message), etag)
             raise
         if not self._storage.put_if(uri, _claim(key, run_id=run_id), etag):

@@ -1,4 +1,4 @@
-"""The compiled graph as a version of a KFP pipeline, whose name carries the digest of its content: each content is uploaded once."""
+"""The compiled graph as a version of a KFP pipeline. Its name carries the digest of its content, so each content is there once."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     GET  /healthz   200
 
 A request carries `X-Rankloop-Signature: sha256=<HMAC-SHA256 of the body, in hex>`, or, for stores that sign nothing (MinIO's
-`auth_token`), the secret itself as `Authorization: Bearer …`. A body sent again starts nothing anew: its event has its run. It listens
-on loopback unless told otherwise, and speaks no TLS: before it belongs what ends TLS, if it is to be reached from elsewhere.
+`auth_token`), the secret itself as `Authorization: Bearer …`. A body sent again starts nothing anew: its event has its run. It
+listens on loopback unless told otherwise, and speaks no TLS: to be reached from elsewhere it needs something in front that does.
 
 | answer | what the sender should do |
 |---|---|
