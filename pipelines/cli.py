@@ -1,4 +1,4 @@
-"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`; and what talks to a cluster, of `pipelines.cluster`."""
+"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`; those that talk to a cluster are below `cluster/`."""
 
 from __future__ import annotations
 

@@ -174,7 +174,6 @@ class Connection:
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self._unreachable(error) from error
         except (AttributeError, TypeError, ValueError, KeyError) as error:
-            # A proxy's page of HTML comes with 200, and the generated code takes it for an object.
             raise DoNotRetry(
                 f"what answers at {self.host} is not KFP's API: its reply about {what} cannot be read ({_line(str(error))})",
                 "a page to log in? give a token; a path missing? KFP behind Kubeflow's gateway is at https://HOST/pipeline",
@@ -270,9 +269,26 @@ def _quiet_client(host: str, token: str, credentials: Any, ca: str) -> Any:
 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        return QuietClient(
+        client = QuietClient(
             host=host, existing_token=token or None, credentials=credentials, ssl_ca_cert=ca or None, namespace="kubeflow"
         )
+    rest = client.runs.run_service_get_run.__self__.api_client.rest_client
+    rest.request = _only_json(rest.request)
+    return client
+
+
+def _only_json(request: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a good reply that is no JSON, as a proxy's page to log in: the generated code would make an empty object of it."""
+
+    def asked(*arguments: Any, _preload_content: bool = True, **options: Any) -> Any:
+        reply = request(*arguments, _preload_content=_preload_content, **options)
+        if _preload_content:
+            kind = str(reply.getheader("Content-Type") or "")
+            if "json" not in kind:
+                raise ValueError(f"it is {kind.partition(';')[0] or 'of no type'}")
+        return reply
+
+    return asked
 
 
 def _said(body: Any) -> str:

@@ -46,7 +46,7 @@ def parse(data: bytes) -> tuple[list[Created], int]:
         raise DoNotRetry(f"the event is a JSON {type(value).__name__}", f"send {_FORMS}")
     try:
         records = list(_records(value))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # a CloudEvent's data is JSON again
         raise DoNotRetry(f"the event lacks what tells its object: {error}", f"send {_FORMS}") from error
     found = [each for each in records if each is not None]
     return list({each.key: each for each in found}.values()), len(records) - len(found)
