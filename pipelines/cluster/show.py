@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.cluster.connection import Connection
-from pipelines.cluster.status import said_by, tasks_of
+from pipelines.cluster.status import attempts_of, said_by, tasks_of
 
 SIGNS = {"SUCCEEDED": "✓", "SKIPPED": "=", "FAILED": "✗", "CANCELED": "✗", "RUNNING": "…", "PENDING": "…"}
 
@@ -34,7 +34,7 @@ def status(console: Console, kfp: Connection, run: Any) -> bool:
 
     state = str(run.state or "unknown")
     line(f"{run.display_name}: {state.lower()}" + (f", created {str(run.created_at)[:19]} UTC" if run.created_at else ""))
-    tasks = [each for each in tasks_of(run) if each.kind == "stage"]
+    tasks = attempts_of(tasks_of(run))
     for task in tasks:
         seconds = "" if task.seconds is None else f"{task.seconds:.1f} s"
         line(f"{SIGNS.get(task.state, ' ')} {task.stage:20} {seconds:>10}  {task.state.lower()}  {task.pod}".rstrip())

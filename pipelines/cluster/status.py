@@ -19,6 +19,7 @@ from pipelines.cluster.connection import Connection, Refused
 
 NAMES = {each.replace("_", "-"): each for each in (*STAGES, WATCH, "close_run", "stop_run", "ingest_shard", "merge_shards")}
 _DRIVER = re.compile(r"driver(\(\d+\))?$")
+_EXECUTOR = re.compile(r"executor(\((\d+)\))?$")
 
 
 class Task(NamedTuple):
@@ -26,12 +27,14 @@ class Task(NamedTuple):
 
     Fields:
         stage: the stage that it belongs to, or its own name.
-        kind: "stage", "driver" or "other": a stage's pod that works, KFP's own pod that prepares it, or none of both.
+        name: as KFP shows it.
+        kind: "executor", "driver" or "other": a stage's pod that works, KFP's own pod that prepares it, or a node that groups others.
         pod: its pod; "" if it has none.
         error: what KFP says, one line.
     """
 
     stage: str
+    name: str
     kind: str
     state: str
     pod: str
@@ -90,9 +93,9 @@ def _task(detail: Any, parents: Mapping[str, Any]) -> Task:
         if above is None:
             break
         stage, seen = _stage(str(above.display_name or "")), seen + 1
-    kind = "other" if not stage else "driver" if _DRIVER.search(name) else "stage"
+    kind = "driver" if stage and _DRIVER.search(name) else "executor" if stage and _EXECUTOR.match(name) else "other"
     error = " ".join(str(detail.error.message or "").split())[:300] if detail.error else ""
-    return Task(stage or name, kind, str(detail.state or ""), str(detail.pod_name or ""), _seconds(detail), error)
+    return Task(stage or name, name, kind, str(detail.state or ""), str(detail.pod_name or ""), _seconds(detail), error)
 
 
 def _stage(name: str) -> str:
@@ -137,6 +140,13 @@ def mlflow_of(run_id: str) -> tuple[str, list[Failure]]:
     return f"{uri}/#/experiments/{experiment}/runs/{parent}", failures
 
 
+def attempts_of(tasks: list[Task]) -> list[Task]:
+    """The pods in which stages worked. Where a stage may be retried, its attempts are below a node "executor" without a pod."""
+    found = [each for each in tasks if each.kind == "executor"]
+    retried = {each.stage for each in found if each.name.endswith(")")}
+    return [each for each in found if each.name.endswith(")") or each.stage not in retried]
+
+
 def pods_of(run: Any, stage: str) -> list[Task]:
     """The pods in which a stage worked, the last attempt last; all stages' without a name.
 
@@ -144,7 +154,7 @@ def pods_of(run: Any, stage: str) -> list[Task]:
         DoNotRetry: the run has no such pod yet, or no such stage.
     """
     wanted = stage.replace("-", "_")
-    tasks = [each for each in tasks_of(run) if each.kind == "stage" and each.pod]
+    tasks = [each for each in attempts_of(tasks_of(run)) if each.pod]
     found = [each for each in tasks if not stage or each.stage == wanted]
     if not found:
         known = ", ".join(dict.fromkeys(each.stage for each in tasks)) or "none yet"
