@@ -28,7 +28,7 @@ class Task(NamedTuple):
     Fields:
         stage: the stage that it belongs to, or its own name.
         name: as KFP shows it.
-        kind: "executor", "driver" or "other": a stage's pod that works, KFP's own pod that prepares it, or a node that groups others.
+        kind: "executor", "driver" or "other": a stage's pod that works, KFP's own pod that prepares it, or a node above.
         pod: its pod; "" if it has none.
         error: what KFP says, one line.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,18 +36,17 @@ def upload(kfp: Connection, graph: str, resources: Resources, tags_allowed: bool
     Raises:
         DoNotRetry, Retry: the graph breaks the policy, or KFP refuses or cannot be reached.
     """
+    package = _package(graph, resources.model_dump_json(), tags_allowed, fresh_ingest)
+    pipeline = graph.replace("_", "-")
+    name = f"{pipeline}-{hashlib.sha256(package).hexdigest()[:12]}"
+    pipeline_id = _pipeline(kfp, pipeline)
+    found = _version(kfp, pipeline_id, name)
+    if found:
+        return Version(pipeline_id, found, name, False)
+    send = kfp.client.pipeline_uploads.upload_pipeline_version
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.yaml"
-        write_package(graph, resources, path, tags_allowed=tags_allowed)
-        if fresh_ingest:
-            read_anew(path)
-        pipeline = graph.replace("_", "-")
-        name = f"{pipeline}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-        pipeline_id = _pipeline(kfp, pipeline)
-        found = _version(kfp, pipeline_id, name)
-        if found:
-            return Version(pipeline_id, found, name, False)
-        send = kfp.client.pipeline_uploads.upload_pipeline_version
+        path.write_bytes(package)
         try:
             made = kfp.ask(f"version {name}", send, str(path), name=name, pipelineid=pipeline_id, again=False)
         except Refused as error:
@@ -54,7 +54,18 @@ def upload(kfp: Connection, graph: str, resources: Resources, tags_allowed: bool
             if not found:
                 raise
             return Version(pipeline_id, found, name, False)  # somebody else's upload of the same was faster
-        return Version(pipeline_id, str(made.pipeline_version_id), name, True)
+    return Version(pipeline_id, str(made.pipeline_version_id), name, True)
+
+
+@cache
+def _package(graph: str, resources: str, tags_allowed: bool, fresh_ingest: bool) -> bytes:
+    """The compiled graph; a receiver of events compiles it once, for it takes seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.yaml"
+        write_package(graph, Resources.model_validate_json(resources), path, tags_allowed=tags_allowed)
+        if fresh_ingest:
+            read_anew(path)
+        return path.read_bytes()
 
 
 def read_anew(path: Path) -> None:
@@ -65,7 +76,8 @@ def read_anew(path: Path) -> None:
         for task in component.get("dag", {}).get("tasks", {}).values():
             if task["componentRef"]["name"].startswith(INGESTS):
                 task["cachingOptions"] = {}
-    path.write_text(yaml.safe_dump_all(documents), encoding="utf-8")
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    path.write_text(yaml.dump_all(documents, Dumper=dumper), encoding="utf-8")
 
 
 def _pipeline(kfp: Connection, name: str) -> str:
