@@ -170,7 +170,7 @@ def make(kfp: Connection, steps: list[Step]) -> None:
         for recurring_run_id in step.delete:
             remove(kfp, recurring_run_id)
         if step.create is not None:
-            _create(kfp, step.create)
+            create(kfp, step.create)
 
 
 def remove(kfp: Connection, recurring_run_id: str) -> None:
@@ -183,7 +183,7 @@ def remove(kfp: Connection, recurring_run_id: str) -> None:
             raise
 
 
-def _create(kfp: Connection, wish: Wanted) -> None:
+def create(kfp: Connection, wish: Wanted) -> None:
     """Creates it. If the reply is lost, what is there tells whether it was created."""
     call = kfp.client.recurring_runs.recurring_run_service_create_recurring_run
     body = {**wish.body, "description": f"rankloop-schedule {wish.digest}"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,10 @@ def _package(graph: str, resources: str, tags_allowed: bool, fresh_ingest: bool)
     """The compiled graph; a receiver of events compiles it once, for it takes seconds."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.yaml"
-        write_package(graph, Resources.model_validate_json(resources), path, tags_allowed=tags_allowed)
+        table = Resources.model_validate_json(resources)
+        # KFP looks at the whole stack at each setting of each task. In a thread the stack is short.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(write_package, graph, table, path, tags_allowed=tags_allowed).result()
         if fresh_ingest:
             read_anew(path)
         return path.read_bytes()

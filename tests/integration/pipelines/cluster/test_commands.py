@@ -84,9 +84,7 @@ def test_a_run_is_submitted_with_its_profile_and_the_graph_is_uploaded_once(serv
         (("--graph", "rhlf"), "unknown graph 'rhlf'; known: rlhf, drift_watch"),
     ],
 )
-def test_what_the_cluster_could_not_run_is_refused(
-    arguments: tuple[str, ...], told: str, server: StandIn
-) -> None:
+def test_what_the_cluster_could_not_run_is_refused(arguments: tuple[str, ...], told: str, server: StandIn) -> None:
     called = rankloop("submit", "--allow-tags", *arguments)
     assert (called.code, server.asked) == (65, [])
     assert told in called.text
