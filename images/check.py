@@ -19,7 +19,12 @@ from pathlib import Path
 
 # torch's CUDA build requires these, each at one exact version; the lock file is resolved with the CPU build, which has none.
 BY_TORCH = re.compile(r"(nvidia-|cuda-|triton$)")
-ELSEWHERE = frozenset({"vllm", "google"})  # optional engines and services that a stage imports only where they are installed
+ELSEWHERE = frozenset(
+    {
+        "compression",  # of Python 3.14; a package is in its place before
+        "vllm",  # an environment of its own
+    }
+)
 
 
 def unlocked(lock: str) -> list[str]:
@@ -52,44 +57,48 @@ def stages_of(image: str) -> list[str]:
     return found
 
 
-def imports_of(module: str) -> tuple[set[str], set[str]]:
-    """What a module of ours imports anywhere in its source: modules of ours, and top-level names of others."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return set(), set()
+def source_of(module: str) -> Path | None:
+    """The file of a module of ours, or None if the name is no module's. Nothing is imported for it."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder, *rest)
+        for file in (path / "__init__.py", path.with_name(path.name + ".py")):
+            if file.exists():
+                return file
+    return None
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """What a file imports anywhere: names that may be modules of ours, and top-level names of others."""
     ours, others = set(), set()
-    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        elif isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
             if name.split(".")[0] in ("components", "pipelines"):
                 ours.add(name)
             else:
                 others.add(name.split(".")[0])
-    return {name for name in ours if is_module(name)}, others
-
-
-def is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False  # a name inside a module
+    return ours, others
 
 
 def missing(stage: str) -> set[str]:
-    """Packages that the stage may import and that are not here."""
+    """Packages that the stage may import, now or later, and that are not here."""
     todo, done, others = [f"components.{stage}.stage"], set(), set()
     while todo:
         module = todo.pop()
-        if module not in done:
+        path = source_of(module)
+        if module not in done and path is not None:
             done.add(module)
-            ours, more = imports_of(module)
+            ours, more = imports_of(path)
             todo.extend(ours)
             others |= more
-    return {name for name in others - ELSEWHERE if name not in sys.stdlib_module_names and not is_module(name)}
+    absent = {name for name in others - sys.stdlib_module_names if importlib.util.find_spec(name) is None}
+    return absent - ELSEWHERE
 
 
 def main() -> None:

@@ -86,14 +86,9 @@ def build_images(address: str, base: str, **variables: str) -> str:
             "BASE_IMAGE": base,
             **variables,
         }
+        command = ["make", "-s", "images"]
         done = subprocess.run(
-            ["make", "-s", "images"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
     assert done.returncode == 0, done.stdout
     return done.stdout
