@@ -9,10 +9,12 @@ from typing import Literal, Protocol
 from components.ppo_finetune.roles import trunk_layers
 from components.rlhf.adapters import ADAPTER_FOLDER, AdapterShape, adapter_bytes, adapter_shape
 from components.rlhf.memory import (
+    FLOAT_BYTES,
+    Passes,
     Share,
     cache_bytes,
     held_bytes,
-    saved_bytes,
+    pass_bytes,
     shape_only,
     shape_role,
     weights_bytes,
@@ -20,9 +22,6 @@ from components.rlhf.memory import (
 )
 from components.rlhf.models import device, dtype_of
 from components.rlhf.rollout import LOGIT_BYTES
-
-FLOAT_BYTES = 4  # what is trained is kept, stepped and its gradient added up in float32
-UNUSABLE = 0.3  # of the activations: held by the allocator, not usable again for micro-batches of another shape; 0.2 to 0.5 seen
 
 
 class Knobs(Protocol):
@@ -83,13 +82,8 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
         Share("reward", "adapter" if knobs.lora_rank else "weights", sum(scorer[:-1])),
         Share("judge", "adapter" if knobs.lora_rank else "weights", scorer[-1]),
     ]
-    rows = min(samples, max(1, knobs.micro_batch_tokens // tokens))
-    in_micro_batch = min(max(knobs.micro_batch_tokens, tokens), samples * tokens)  # shorter rows fill it better than the longest
-    saved = saved_bytes(role, rows, tokens) * in_micro_batch // (rows * tokens)
-    one_layer = saved // adapted
-    if knobs.activation_checkpointing:  # each layer keeps its input, and one at a time is computed again
-        saved = one_layer + in_micro_batch * config.hidden_size * adapted * dtype_of(knobs.precision).itemsize
-    backward = int(saved * (1 + UNUSABLE)) + one_layer + 3 * LOGIT_BYTES
+    passes = Passes(samples, tokens, knobs.micro_batch_tokens, knobs.activation_checkpointing)
+    backward = pass_bytes(role, passes, adapted) + 3 * LOGIT_BYTES
     backward += max(trained, value_trained)  # the gradient of one role at a time
     sampling = cache_bytes(config, knobs.precision, samples, tokens) * (config.num_hidden_layers + 1) // config.num_hidden_layers
     sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64
