@@ -28,7 +28,7 @@ lock: $(STAMP)  ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile -q --upgrade --all-extras --python-version 3.11 --no-header --no-annotate pyproject.toml -o requirements.lock
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock
 
-golden: $(STAMP)  ## write the golden file of the graph's shape anew; review it as a diff
+golden: $(STAMP)  ## write the golden files of the graphs and their pods anew; review them as a diff
 	$(BIN)/python -m tests.golden.write
 
 smollm2: $(STAMP)  ## fetch SmolLM2-135M-Instruct for `rankloop run --profile smollm2`
