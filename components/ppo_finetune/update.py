@@ -22,7 +22,7 @@ from components.rlhf.likelihood import add_nll_gradient
 from components.rlhf.models import Role
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.reward import Aggregation, Centring, aggregate, batch_scores
-from components.rlhf.rollout import Completion, sample_tokens, to_completion, token_logprobs
+from components.rlhf.rollout import PREFILL_MICRO_BATCHES, Completion, sample_tokens, to_completion, token_logprobs
 from components.rlhf.tokens import Batch, Encoded, length_batches, right_pad
 
 POLICY_SUMS = ("policy_loss", "clip_fraction", "kl_old")
@@ -110,6 +110,7 @@ def roll_out(knobs: Knobs, roles: Roles, prompts: Sequence[Sequence[int]], gener
             generator=generator,
             samples=knobs.samples_per_prompt,
             among=(len(prompts), own),
+            prefill_tokens=PREFILL_MICRO_BATCHES * knobs.micro_batch_tokens,
         )
     if processes() > 1:
         drawn = _of_all(knobs, drawn, len(prompts), generator)

@@ -5,7 +5,7 @@ and `run(config, inputs, context) -> Outputs`. The launcher builds the first two
 anything else happens), opens the stage's MLflow run, and turns the way it ends into an exit code:
 
     0    done
-    65   do not retry (`DoNotRetry`)
+    65   do not retry (`DoNotRetry`); a retry of the same pipeline run ends at once with the same reason
     75   retry (`Retry`, SIGTERM, disk full)
     130  SIGINT
 
@@ -36,8 +36,11 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from components.services.exits import EXIT_INTERRUPTED, DoNotRetry, Retry, StageFailure
+from components.services.exits import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED, DoNotRetry, Retry, StageFailure
+from components.services.final_failure import FinalFailure
 from components.services.progress import Progress
+from components.services.run_tree import join_run_tree
+from components.services.stop import announce, withdraw
 from components.services.storage import MARKER, Storage, join
 from components.services.tracking import Tracker
 
@@ -234,13 +237,18 @@ def launch(
     context: Context | None = None
     started = time.monotonic()
     progress.event("start")
+    asked = json_digest([stage, dict(config), dict(inputs), code_digest()])[:32]  # known even where the settings are wrong
+    final = FinalFailure(os.environ.get(STORAGE_VARIABLE, ""), stage, asked)
     try:
+        final.check()
         module = importlib.import_module(f"components.{stage}.stage")
         parsed_config = parse_settings(module.Config, config, stage)
         parsed_inputs = parse_settings(module.Inputs, inputs, stage)
         context = Context(stage, parsed_config, parsed_inputs, scratch)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, context.on_signal)
+        announce()
+        join_run_tree(context.storage, context.root)
         context.tracker.start(context.config, context.inputs)
         ready = time.monotonic()
         outputs: tuple[Any, ...] = _run(module, parsed_config, parsed_inputs, context)
@@ -271,8 +279,9 @@ def launch(
         )
         return outputs
     except BaseException as error:
-        _fail(stage, error, context, progress)
+        _fail(stage, error, context, progress, final)
     finally:
+        withdraw()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -308,7 +317,7 @@ def _set_waiting() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _fail(stage: str, error: BaseException, context: Context | None, progress: Progress) -> NoReturn:
+def _fail(stage: str, error: BaseException, context: Context | None, progress: Progress, final: FinalFailure) -> NoReturn:
     """Records why the stage failed wherever somebody may look, and exits."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
@@ -316,6 +325,8 @@ def _fail(stage: str, error: BaseException, context: Context | None, progress: P
     if isinstance(error, SystemExit):
         raise error
     code, message = code_and_message(error)
+    if code == EXIT_DO_NOT_RETRY:
+        final.keep(message)
     if context is not None:
         try:
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"

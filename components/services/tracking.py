@@ -1,6 +1,6 @@
 """MLflow: one run per stage, a child of the pipeline's run.
 
-`MLFLOW_TRACKING_URI` names the server. The pipeline's run is `RANKLOOP_PARENT_RUN_ID`, made by the submitter. A run that the
+`MLFLOW_TRACKING_URI` names the server. The pipeline's run is `RANKLOOP_PARENT_RUN_ID` (run_tree.py: who makes it). A run that the
 orchestrator made for this very task (`MLFLOW_RUN_ID`, as KFP's MLflow plugin sets it) is adopted instead of making one.
 Without a tracking server a stage still runs; it says so and tracks nothing.
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PARENT_VARIABLE = "RANKLOOP_PARENT_RUN_ID"
+ADOPTED_VARIABLE = "MLFLOW_RUN_ID"
 EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 DEFAULT_EXPERIMENT = "rankloop"
 PATIENCE_VARIABLE = "RANKLOOP_TRACKING_PATIENCE"
@@ -117,9 +118,15 @@ class Tracker:
         self._sender.start()
 
     def _open(self, mlflow: MlflowClient, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-        adopted = os.environ.get("MLFLOW_RUN_ID", "")
+        adopted = os.environ.get(ADOPTED_VARIABLE, "")
+        logged: Mapping[str, str] = {}
         if adopted:
+            # KFP makes it once a task and ends it with every attempt, when it also logs the task's inputs in its own notation: a
+            # retry finds it failed and with parameters, of which MLflow lets none be changed.
             self.run_id = adopted
+            mlflow.update_run(adopted, status="RUNNING")
+            mlflow.set_tag(adopted, "rankloop.stage", self.stage)
+            logged = mlflow.get_run(adopted).data.params
         else:
             parent = os.environ.get(PARENT_VARIABLE, "")
             tags = {"mlflow.runName": self.stage, "rankloop.stage": self.stage}
@@ -131,7 +138,7 @@ class Tracker:
             self.run_id = mlflow.create_run(experiment, tags=tags).info.run_id
         from mlflow.entities import Param
 
-        params = [Param(f"{key}", str(value)[:6000]) for key, value in {**config, **inputs}.items()]
+        params = [Param(f"{key}", str(value)[:6000]) for key, value in {**config, **inputs}.items() if key not in logged]
         for first in range(0, len(params), 100):
             mlflow.log_batch(self.run_id, params=params[first : first + 100])
         mlflow.log_text(self.run_id, json.dumps({"config": dict(config), "inputs": dict(inputs)}, indent=2), "config.json")
