@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
 
 from components.ppo_finetune.roles import trunk_layers
 from components.rlhf.adapters import ADAPTER_FOLDER, AdapterShape, adapter_bytes, adapter_shape
@@ -21,7 +23,11 @@ from components.rlhf.memory import (
 from components.rlhf.models import device, dtype_of
 from components.rlhf.rollout import LOGIT_BYTES
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 FLOAT_BYTES = 4  # what is trained is kept, stepped and its gradient added up in float32
+VLLM_BLOCK_TOKENS = 128  # in which vLLM hands out its cache on a CPU; a completion's last one is not full
 UNUSABLE = 0.3  # of the activations: held by the allocator, not usable again for micro-batches of another shape; 0.2 to 0.5 seen
 
 
@@ -36,6 +42,8 @@ class Knobs(Protocol):
     lora_rank: int
     lora_layers: int
     precision: Literal["float32", "bfloat16"]
+    rollout_engine: Literal["torch", "vllm"]
+    vllm_memory_fraction: float
 
 
 def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequence[int]) -> list[Share]:
@@ -93,8 +101,24 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
     backward += max(trained, value_trained)  # the gradient of one role at a time
     sampling = cache_bytes(config, knobs.precision, samples, tokens) * (config.num_hidden_layers + 1) // config.num_hidden_layers
     sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64
+    if knobs.rollout_engine == "vllm":
+        sampling = 0
+        shares.append(Share("vLLM", "a process of its own: weights and cache", vllm_bytes(knobs, config, base + trained, tokens)))
     phases = [Share("update", "gradient and activations", backward), Share("update", "cache of the rollout", sampling)]
     if device().type == "cpu":  # the base's file is mapped while it is read, and most of the other shares are not there yet
         later = sum(share.bytes for share in shares if share.role not in ("process", "reference"))
         phases.append(Share("start", "weights in their file, beyond what comes later", weights_file_bytes(sft) - later))
     return [*shares, max(phases, key=lambda share: share.bytes)]
+
+
+def vllm_cache_bytes(knobs: Knobs, config: PretrainedConfig, tokens: int) -> int:
+    """Keys and values of all completions of an update, of `tokens` tokens with their prompts, in vLLM's blocks."""
+    rows = knobs.batch_prompts * knobs.samples_per_prompt
+    return cache_bytes(config, knobs.precision, rows, tokens + VLLM_BLOCK_TOKENS)
+
+
+def vllm_bytes(knobs: Knobs, config: PretrainedConfig, weights: int, tokens: int) -> int:
+    """What vLLM takes beside this process: on a GPU the share that it may, on a CPU its weights and cache."""
+    if device().type == "cuda":
+        return int(knobs.vllm_memory_fraction * torch.cuda.get_device_properties(device()).total_memory)
+    return weights + vllm_cache_bytes(knobs, config, tokens)

@@ -18,11 +18,13 @@ from torch import Tensor
 from components.ppo_finetune.roles import Roles
 from components.rlhf import ppo
 from components.rlhf.likelihood import add_nll_gradient
+from components.rlhf.mismatch import Mismatch, mismatch, sampler_weights
 from components.rlhf.models import Role
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.reward import Aggregation, Centring, aggregate, batch_scores
 from components.rlhf.rollout import Completion, sample_tokens, to_completion, token_logprobs
 from components.rlhf.tokens import Batch, Encoded, length_batches, right_pad
+from components.rlhf.vllm_sampler import VllmSampler
 
 POLICY_SUMS = ("policy_loss", "clip_fraction", "kl_old")
 
@@ -48,6 +50,8 @@ class Knobs(Protocol):
     value_coefficient: float
     whiten_rewards: bool
     max_kl_old: float
+    rollout_engine: Literal["torch", "vllm"]
+    sampler_ratio_cap: float
     pretraining_coefficient: float
 
 
@@ -63,8 +67,9 @@ class Experience(NamedTuple):
         logprobs_old_BT, logprobs_reference_BT: at the sampling temperature, 0 outside the completion.
         values_old_BT: value before each completion token, 0 elsewhere.
         entropy: mean over completion tokens, nats.
-        mismatch: largest difference between the sampler's log-probabilities and a fresh forward's, nats.
+        mismatch: of the sampler's log-probabilities and a fresh forward's, in nats.
         disagreement: of an ensemble, the mean over completions of the members' standard deviation, in deviations of the score.
+        sampler_weights_BT: of the tokens in the policy's loss, where another engine drew them (`rlhf.mismatch`).
     """
 
     completions: list[Completion]
@@ -75,8 +80,9 @@ class Experience(NamedTuple):
     logprobs_reference_BT: Tensor
     values_old_BT: Tensor
     entropy: float
-    mismatch: float
+    mismatch: Mismatch
     disagreement: float | None = None
+    sampler_weights_BT: Tensor | None = None
 
 
 class Optimisers(NamedTuple):
@@ -91,19 +97,28 @@ class MicroBatch(NamedTuple):
     part: Batch
 
 
-def roll_out(knobs: Knobs, roles: Roles, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> list[Completion]:
-    """`samples_per_prompt` completions of each prompt from the current policy, prompt by prompt."""
-    drawn = sample_tokens(
-        roles.policy,
-        prompts,
-        max_new_tokens=knobs.max_new_tokens,
-        temperature=knobs.temperature,
-        pad_id=roles.tokenizer.pad_token_id,
-        eos_id=roles.tokenizer.eos_token_id,
-        generator=generator,
-        samples=knobs.samples_per_prompt,
-    )
+def roll_out(
+    knobs: Knobs,
+    roles: Roles,
+    prompts: Sequence[Sequence[int]],
+    generator: torch.Generator,
+    engine: VllmSampler | None = None,
+) -> list[Completion]:
+    """`samples_per_prompt` completions of each prompt from the current policy, prompt by prompt; from `engine` if there is one."""
     repeated = [prompt for prompt in prompts for _ in range(knobs.samples_per_prompt)]
+    if engine is not None:
+        drawn = engine(repeated, max_new_tokens=knobs.max_new_tokens, temperature=knobs.temperature, generator=generator)
+    else:
+        drawn = sample_tokens(
+            roles.policy,
+            prompts,
+            max_new_tokens=knobs.max_new_tokens,
+            temperature=knobs.temperature,
+            pad_id=roles.tokenizer.pad_token_id,
+            eos_id=roles.tokenizer.eos_token_id,
+            generator=generator,
+            samples=knobs.samples_per_prompt,
+        )
     return [to_completion(roles.tokenizer, prompt, *each) for prompt, each in zip(repeated, drawn, strict=True)]
 
 
@@ -142,7 +157,9 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     logprobs_old_BT, entropy_BT = _over_rows(knobs, batch, lambda part: forward(roles.policy, part))
     logprobs_reference_BT, _ = _over_rows(knobs, batch, lambda part: forward(roles.reference, part))
     (values_old_BT,) = _over_rows(knobs, batch, lambda part: (token_values(roles.value, part),))
-    sampled_N = torch.cat([c.logprobs for c in completions]).to(device)
+    mask_BT = batch.completion_mask_BT
+    sampled_BT = torch.zeros_like(logprobs_old_BT).masked_scatter(mask_BT, torch.cat([c.logprobs for c in completions]).to(device))
+    corrected = knobs.rollout_engine != "torch" and knobs.sampler_ratio_cap > 0
     return Experience(
         completions,
         batch,
@@ -151,9 +168,10 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
         logprobs_old_BT,
         logprobs_reference_BT,
         values_old_BT,
-        float(ppo.masked_mean(entropy_BT, batch.completion_mask_BT)),
-        float((logprobs_old_BT[batch.completion_mask_BT] - sampled_N).abs().max()),
+        float(ppo.masked_mean(entropy_BT, mask_BT)),
+        mismatch(logprobs_old_BT, sampled_BT, mask_BT),
         float(members_MB.std(0, correction=0).mean()) if len(roles.members) > 1 else None,
+        sampler_weights(logprobs_old_BT, sampled_BT, mask_BT, knobs.sampler_ratio_cap) if corrected else None,
     )
 
 
@@ -246,6 +264,7 @@ def add_policy_gradient(
             advantages_BT[rows_B, :cut],
             part.completion_mask_BT,
             knobs.clip,
+            None if experience.sampler_weights_BT is None else experience.sampler_weights_BT[rows_B, :cut],
         )
         (loss.total / tokens).backward()
         sums["policy_loss"] += loss.total.item() / tokens
@@ -292,7 +311,9 @@ def statistics(experience: Experience) -> dict[str, float]:
         "completion_tokens": float(mask_BT.sum(1).float().mean()),
         "eos_fraction": sum(c.ended for c in experience.completions) / len(texts),
         "same_answer_fraction": most / len(texts),
-        "logprob_mismatch": experience.mismatch,
+        "logprob_mismatch": experience.mismatch.largest,
+        "logprob_mismatch_mean": experience.mismatch.mean,
+        "kl_sampler": experience.mismatch.kl,
         **({} if experience.disagreement is None else {"reward_disagreement": experience.disagreement}),
     }
 
