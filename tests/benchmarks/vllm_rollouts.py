@@ -4,9 +4,9 @@
     python -m tests.benchmarks.vllm_rollouts speed --vllm-python PYTHON --model FOLDER --prompts FILE --batch 16 64
 
 `learn` runs the stages of the profile `tiny` with each engine, from the same SFT policy, reward model and judge of each seed, and
-lets each final policy answer the same held-out prompts. vLLM's attention on a CPU knows no head of 40, so that the model has 5 heads
-of 32 here instead of 4: as many weights. A run that was stopped goes on. `speed` lets both sample the same prompts in turn, in one
-run; every completion has all its tokens. PYTHON is an interpreter that has vLLM.
+lets each final policy answer the same held-out prompts. vLLM's attention on a CPU knows no heads of width 40, so that the model has
+5 of 32 here instead of 4: as many weights. A run that was stopped goes on. `speed` lets both sample the same prompts in turn, in
+one run; every completion has all its tokens. PYTHON is an interpreter that has vLLM.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.rlhf.adapters import add_adapter, adapter_role
+from components.rlhf.adapters import adapter_role, add_adapter
 from components.rlhf.memory import cache_bytes
 from components.rlhf.models import load_policy, policy_role
 from components.rlhf.rollout import completion_logprobs, sample, sample_tokens
 from components.rlhf.vllm_sampler import VllmSampler, save_untied, start_request, worker_command, worker_environment
 from components.services.line_process import LineProcess
-from components.services.storage import Storage
 from components.simulated_world import truth
 from pipelines.local_services import LocalServices, environment_of
 from pipelines.profile import load
