@@ -1,8 +1,8 @@
 """A stand-in for the vLLM worker: it speaks the protocol of `components/rlhf/vllm_worker.py`, and draws random tokens.
 
 What it draws depends on the seeds and on every byte of the adapter or the weights that it is given, so that two runs that gave it
-the same are told from two that did not. Its log-probabilities are made up. In `STAND_IN_ENDS` the test says how it ends at its fourth
-rollout: "exit", "kill" or "hang".
+the same are told from two that did not. Its log-probabilities are made up. In `STAND_IN_ENDS` a test says how it ends at
+its fourth rollout: "exit", "kill" or "hang".
 
 `interpreter` writes a script that stands where a Python interpreter with vLLM is asked for, and runs this instead of the worker.
 """

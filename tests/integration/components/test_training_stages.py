@@ -264,7 +264,7 @@ def test_what_cannot_work_is_said_and_not_retried(
     assert not [item.uri for item in Storage().list(root + "/") if "checkpoints" not in item.uri], "nothing is half-written"
 
 
-# -- another engine samples: a stand-in, as vLLM is no package of ours (test_vllm.py has the real one) --------------------------------
+# -- another engine samples: a stand-in, for vLLM is no package of ours (test_vllm.py has the real one) -----------------
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def other_engine(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_line_37_another_engine_has_the_right_weights_after_a_kill(undisturbed: Undisturbed, other_engine: dict[str, Any]) -> None:
-    """What the stand-in draws depends on every byte of the weights that it is given, also before the first update after a resume."""
+    """What the stand-in draws depends on every byte of the weights that it is given, in the first update after a resume too."""
     stage, root, inputs = "ppo_finetune", "s3://rankloop/killed-other-engine", undisturbed.inputs["ppo_finetune"]
     once = run(stage, "s3://rankloop/other-engine", inputs, **other_engine)
     assert "vLLM none: a stand-in of the tests samples, on cpu" in once.stderr
