@@ -49,23 +49,40 @@ def postgres(folder: Path) -> Iterator[str]:
         folder: a new one, below folders that any user may enter: PostgreSQL does not run as root.
     """
     bin_folder, (port,) = programs(), free_ports(1)
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     folder.mkdir(parents=True)
-    if as_user:
+    if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
     data = folder / "data"
-
-    def call(*command: str) -> None:
-        subprocess.run([*as_user, *command], check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=START_SECONDS)
-
-    call(str(bin_folder / "initdb"), "-D", str(data), "-U", "rankloop", "--auth=trust", "--no-sync")
+    _call(folder, str(bin_folder / "initdb"), "-D", str(data), "-U", "rankloop", "--auth=trust", "--no-sync")
     options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder} -c fsync=off"
-    call(str(bin_folder / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(folder / "log"), "-w", "start")
+    _call(folder, str(bin_folder / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(folder / "log"), "-w", "start")
     try:
-        call(str(bin_folder / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "rankloop", "mlflow")
+        _call(folder, str(bin_folder / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "rankloop", "mlflow")
         yield f"postgresql+psycopg2://rankloop@127.0.0.1:{port}/mlflow"
     finally:
-        call(str(bin_folder / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop")
+        _call(folder, str(bin_folder / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop")
+
+
+def restart_postgres(folder: Path) -> None:
+    """Ends the server of `postgres(folder)` as a crash would, and starts it again with the same options."""
+    _call(
+        folder,
+        str(programs() / "pg_ctl"),
+        "-D",
+        str(folder / "data"),
+        "-m",
+        "immediate",
+        "-l",
+        str(folder / "log"),
+        "-w",
+        "restart",
+    )
+
+
+def _call(folder: Path, *command: str) -> None:
+    """Runs a program of PostgreSQL's, as its own user where this one is root."""
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    subprocess.run([*as_user, *command], check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=START_SECONDS)
 
 
 @contextmanager

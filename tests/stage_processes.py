@@ -25,6 +25,7 @@ from components.rlhf.records import SCHEMA
 from components.services import progress
 from components.services.launch import main
 from components.services.storage import FILES, MARKER, Storage
+from components.services.tracking import client
 from components.simulated_world.generate import simulate_rankings
 
 OPTIONS = {
@@ -120,6 +121,7 @@ def _run(stage: str, arguments: list[str], environment: dict[str, str], folder: 
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # TMPDIR may have changed
     progress.SECONDS_BETWEEN_EVENTS = 0.0
     sys.argv = [stage, *arguments]
     main(stage)
@@ -179,6 +181,13 @@ def contents(uri: str) -> dict[str, Any]:
         else:
             files[name] = data
     return files
+
+
+def logged(uri: str) -> dict[str, Any]:
+    """The curves that MLflow has of the run that published a folder, but for measurements of the machine."""
+    run_id = Storage().get_json(f"{uri}/{MARKER}")["mlflow_run_id"]
+    names = [name for name in client().get_run(run_id).data.metrics if not is_measured(name)]
+    return {name: [(point.step, point.value) for point in client().get_metric_history(run_id, name)] for name in names}
 
 
 def is_measured(name: str) -> bool:

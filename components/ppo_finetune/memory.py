@@ -11,10 +11,12 @@ import torch
 from components.ppo_finetune.roles import trunk_layers
 from components.rlhf.adapters import ADAPTER_FOLDER, AdapterShape, adapter_bytes, adapter_shape
 from components.rlhf.memory import (
+    FLOAT_BYTES,
+    Passes,
     Share,
     cache_bytes,
     held_bytes,
-    saved_bytes,
+    pass_bytes,
     shape_only,
     shape_role,
     weights_bytes,
@@ -26,9 +28,7 @@ from components.rlhf.rollout import LOGIT_BYTES
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-FLOAT_BYTES = 4  # what is trained is kept, stepped and its gradient added up in float32
 VLLM_BLOCK_TOKENS = 128  # in which vLLM hands out its cache on a CPU; a completion's last one is not full
-UNUSABLE = 0.3  # of the activations: held by the allocator, not usable again for micro-batches of another shape; 0.2 to 0.5 seen
 
 
 class Knobs(Protocol):
@@ -91,13 +91,8 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
         Share("reward", "adapter" if knobs.lora_rank else "weights", sum(scorer[:-1])),
         Share("judge", "adapter" if knobs.lora_rank else "weights", scorer[-1]),
     ]
-    rows = min(samples, max(1, knobs.micro_batch_tokens // tokens))
-    in_micro_batch = min(max(knobs.micro_batch_tokens, tokens), samples * tokens)  # shorter rows fill it better than the longest
-    saved = saved_bytes(role, rows, tokens) * in_micro_batch // (rows * tokens)
-    one_layer = saved // adapted
-    if knobs.activation_checkpointing:  # each layer keeps its input, and one at a time is computed again
-        saved = one_layer + in_micro_batch * config.hidden_size * adapted * dtype_of(knobs.precision).itemsize
-    backward = int(saved * (1 + UNUSABLE)) + one_layer + 3 * LOGIT_BYTES
+    passes = Passes(samples, tokens, knobs.micro_batch_tokens, knobs.activation_checkpointing)
+    backward = pass_bytes(role, passes, adapted) + 3 * LOGIT_BYTES
     backward += max(trained, value_trained)  # the gradient of one role at a time
     sampling = cache_bytes(config, knobs.precision, samples, tokens) * (config.num_hidden_layers + 1) // config.num_hidden_layers
     sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64
@@ -106,7 +101,7 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
         shares.append(Share("vLLM", "a process of its own: weights and cache", vllm_bytes(knobs, config, base + trained, tokens)))
     phases = [Share("update", "gradient and activations", backward), Share("update", "cache of the rollout", sampling)]
     if device().type == "cpu":  # the base's file is mapped while it is read, and most of the other shares are not there yet
-        later = sum(share.bytes for share in shares if share.role not in ("process", "reference"))
+        later = sum(share.bytes for share in shares if share.role not in ("process", "reference", "vLLM"))
         phases.append(Share("start", "weights in their file, beyond what comes later", weights_file_bytes(sft) - later))
     return [*shares, max(phases, key=lambda share: share.bytes)]
 

@@ -318,8 +318,8 @@ def _fail(stage: str, error: BaseException, context: Context | None, progress: P
         code, message = 1, f"{type(error).__name__}: {error}"
     if context is not None:
         try:
-            context.tracker.tags({"rankloop.failure": message[:5000], "rankloop.exit_code": str(code)})
-            context.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            context.tracker.finish(status, {"rankloop.failure": message[:5000], "rankloop.exit_code": str(code)})
         except StageFailure as unreachable:
             _log.warning("the failure could not be recorded in MLflow: %s", unreachable.message)
     record = json.dumps({"stage": stage, "exit_code": code, "message": message})
