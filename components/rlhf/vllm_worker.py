@@ -37,7 +37,7 @@ class Worker:
         self.sleeps = False
 
     def start(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Loads the model.
+        """Loads the model, and samples one token: what it cannot serve it may say only then, and the first one takes long.
 
         Log-probabilities are those of the distribution that is sampled from. The model folder's sampling defaults are not taken.
         """
@@ -60,6 +60,8 @@ class Worker:
             enable_sleep_mode=self.sleeps,
             **options,
         )
+        one = vllm.SamplingParams(max_tokens=1, detokenize=False)
+        self.engine.generate([vllm.TokensPrompt(prompt_token_ids=[0])], one, use_tqdm=False)
         self._sleep()
         return {"version": vllm.__version__, "device": current_platform.device_type}
 
@@ -114,7 +116,7 @@ def failure(error: Exception, starting: bool) -> dict[str, Any]:
         return {"error": f"{sys.executable}: {what}", "again": False, "remedy": remedy}
     if "memory" in what.lower():
         return {"error": what, "again": True, "remedy": "lower ppo_finetune.vllm_memory_fraction, or free memory"}
-    refused = starting and isinstance(error, SET_UP)
+    refused = starting and (isinstance(error, SET_UP) or "support" in what.lower())
     return {"error": what, "again": not refused, "remedy": "set ppo_finetune.rollout_engine to torch" if refused else ""}
 
 
