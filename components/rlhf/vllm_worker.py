@@ -25,6 +25,7 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 FORBIDDEN = -100.0  # vLLM takes no more off a logit; it leaves e-44 of the probability, which float32 cannot tell from nothing
+STEP_TOKENS = 4096  # that vLLM computes at once on a CPU, unless one prompt has more
 SET_UP = (ValueError, TypeError, NotImplementedError, OSError)  # at the start: a wrong value, a model that vLLM does not serve
 
 
@@ -48,10 +49,10 @@ class Worker:
         self.sleeps = bool(request["sleeps"])
         if current_platform.is_cpu():
             self.sleeps = False
-            options |= {
-                "kv_cache_memory_bytes": request["cpu_cache_bytes"],
-                "enforce_eager": True,
-            }  # to compile needs a C++ compiler
+            # Compiling needs a C++ compiler. And a prompt is computed whole: where vLLM 0.32 computes one with a seed in parts, it
+            # moves a generator's offset, which on a CPU has none.
+            whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(STEP_TOKENS, options["max_model_len"])}
+            options |= {"kv_cache_memory_bytes": request["cpu_cache_bytes"], "enforce_eager": True, **whole}
         self.engine = vllm.LLM(
             model=request["model"],
             skip_tokenizer_init=True,
