@@ -12,6 +12,7 @@ from typing import Protocol
 
 from components.ppo_finetune import memory
 from components.ppo_finetune.roles import POLICY, Roles
+from components.rlhf.distributed import rank
 from components.rlhf.vllm_sampler import VllmSampler, save_untied, start_request, worker_command, worker_environment
 from components.services.line_process import LineProcess
 
@@ -47,7 +48,7 @@ def rollout_engine(
         yield None
         return
     started = time.monotonic()
-    folder, log = scratch / "rollout-weights", scratch / "vllm.log"
+    folder, log = scratch / f"rollout-weights-{rank()}", scratch / f"vllm-{rank()}.log"
     base = sft
     if not knobs.lora_rank:
         base = folder / "0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -15,6 +15,8 @@ from components.rlhf.memory import (
     Passes,
     Share,
     cache_bytes,
+    device_shares,
+    forward_bytes,
     held_bytes,
     pass_bytes,
     shape_only,
@@ -23,12 +25,13 @@ from components.rlhf.memory import (
     weights_file_bytes,
 )
 from components.rlhf.models import device, dtype_of
-from components.rlhf.rollout import LOGIT_BYTES
+from components.rlhf.rollout import PREFILL_MICRO_BATCHES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 VLLM_BLOCK_TOKENS = 128  # in which vLLM hands out its cache on a CPU; a completion's last one is not full
+VLLM_OWN_BYTES = 2**30  # of the process on a CPU, beside weights and cache: 0.9 to 1.2 GiB seen
 
 
 class Knobs(Protocol):
@@ -46,8 +49,15 @@ class Knobs(Protocol):
     vllm_memory_fraction: float
 
 
+class Scorer(NamedTuple):
+    """A member of the reward model, or the judge, as an adapter: its bytes and shape. Without LoRA each is a model of its own."""
+
+    bytes: int = 0
+    shape: AdapterShape | None = None
+
+
 def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequence[int]) -> list[Share]:
-    """The shares of every role, and of the phase of an update that takes most.
+    """The shares on this process's device: what it holds already, every role, and the phase that takes most.
 
     Args:
         sft: folder of the policy.
@@ -56,21 +66,39 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(sft)
-    model = shape_only(config, knobs.precision)
+    found = [Scorer(adapter_bytes(f), adapter_shape(f / ADAPTER_FOLDER)) if knobs.lora_rank else Scorer() for f in scorers]
+    config, kind = AutoConfig.from_pretrained(sft), device().type
+    held = Share("process", "held before the models are loaded", held_bytes())
+    shares = [held, *update_shares(knobs, config, found, max(prompt_tokens), weights_file_bytes(sft), kind)]
+    if knobs.rollout_engine == "vllm":
+        tokens = max(prompt_tokens) + knobs.max_new_tokens
+        shares.append(Share("vLLM", "a process of its own: weights and cache", vllm_bytes(knobs, config, tokens)))
+    return shares
+
+
+def update_shares(
+    knobs: Knobs, config: PretrainedConfig, scorers: Sequence[Scorer], prompt_tokens: int, file_bytes: int, kind: str
+) -> list[Share]:
+    """The shares of every role on a `kind` of device, and of the phase that takes most.
+
+    Args:
+        scorers: the reward model's members and, last, the judge.
+        prompt_tokens: of the longest prompt.
+        file_bytes: of the policy's weights.
+    """
+    model = shape_only(config, knobs.precision, kind)
     base = weights_bytes(model)
-    adapted = knobs.lora_layers or config.num_hidden_layers
     role = shape_role(model, knobs.lora_rank, knobs.lora_layers)
     trained = sum(parameter.numel() for parameter in role.trainable) * FLOAT_BYTES
-    tokens = max(prompt_tokens) + knobs.max_new_tokens
+    tokens = prompt_tokens + knobs.max_new_tokens
     samples = knobs.batch_prompts * knobs.samples_per_prompt
-    shares = [Share("process", "held before the models are loaded", held_bytes())]
+    shares = device_shares(kind)
     if knobs.lora_rank:
-        scorer = [adapter_bytes(folder) for folder in scorers]
+        scorer = [each.bytes for each in scorers]
         weights, value = trained, scorer[0]
         value_trained = value
         shares += [Share("reference", f"the base that all share, {knobs.precision}", base), Share("policy", "adapter", trained)]
-        shapes = [AdapterShape(knobs.lora_rank, 0, knobs.lora_layers), *(adapter_shape(f / ADAPTER_FOLDER) for f in scorers)]
+        shapes = [AdapterShape(knobs.lora_rank, 0, knobs.lora_layers), *(each.shape for each in scorers if each.shape)]
         if trunk_layers(config.num_hidden_layers, shapes):
             hidden = samples * tokens * config.hidden_size * dtype_of(knobs.precision).itemsize
             shares.append(Share("trunk", "what lies below the adapters, of every token", hidden))
@@ -92,17 +120,21 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
         Share("judge", "adapter" if knobs.lora_rank else "weights", scorer[-1]),
     ]
     passes = Passes(samples, tokens, knobs.micro_batch_tokens, knobs.activation_checkpointing)
-    backward = pass_bytes(role, passes, adapted) + 3 * LOGIT_BYTES
+    backward = pass_bytes(role, passes, kind, predicted=knobs.max_new_tokens)
     backward += max(trained, value_trained)  # the gradient of one role at a time
-    sampling = cache_bytes(config, knobs.precision, samples, tokens) * (config.num_hidden_layers + 1) // config.num_hidden_layers
+    layers = config.num_hidden_layers
+    prefill = cache_bytes(config, knobs.precision, knobs.batch_prompts, prompt_tokens) * (layers + 1) // layers
+    prefill_rows = min(knobs.batch_prompts, max(1, PREFILL_MICRO_BATCHES * knobs.micro_batch_tokens // prompt_tokens))
+    prefill += forward_bytes(role, prefill_rows, prompt_tokens)
+    sampling = cache_bytes(config, knobs.precision, samples, tokens) * (layers + 1) // layers
     sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64
-    if knobs.rollout_engine == "vllm":
-        sampling = 0
-        shares.append(Share("vLLM", "a process of its own: weights and cache", vllm_bytes(knobs, config, base + trained, tokens)))
-    phases = [Share("update", "gradient and activations", backward), Share("update", "cache of the rollout", sampling)]
-    if device().type == "cpu":  # the base's file is mapped while it is read, and most of the other shares are not there yet
-        later = sum(share.bytes for share in shares if share.role not in ("process", "reference", "vLLM"))
-        phases.append(Share("start", "weights in their file, beyond what comes later", weights_file_bytes(sft) - later))
+    phases = [Share("update", "gradient and activations", backward)]
+    if knobs.rollout_engine == "torch":
+        phases.append(Share("update", "cache of the rollout", sampling))
+        phases.append(Share("update", "the prompts' cache and one layer's activations", prefill))
+    if kind == "cpu":  # the base's file is mapped while it is read, and most of the other shares are not there yet
+        later = sum(share.bytes for share in shares if share.role not in ("process", "reference"))
+        phases.append(Share("start", "weights in their file, beyond what comes later", file_bytes - later))
     return [*shares, max(phases, key=lambda share: share.bytes)]
 
 
@@ -112,8 +144,9 @@ def vllm_cache_bytes(knobs: Knobs, config: PretrainedConfig, tokens: int) -> int
     return cache_bytes(config, knobs.precision, rows, tokens + VLLM_BLOCK_TOKENS)
 
 
-def vllm_bytes(knobs: Knobs, config: PretrainedConfig, weights: int, tokens: int) -> int:
-    """What vLLM takes beside this process: on a GPU the share that it may, on a CPU its weights and cache."""
+def vllm_bytes(knobs: Knobs, config: PretrainedConfig, tokens: int) -> int:
+    """What vLLM takes beside this process: on a GPU the share that it may, on a CPU weights, cache and itself."""
     if device().type == "cuda":
         return int(knobs.vllm_memory_fraction * torch.cuda.get_device_properties(device()).total_memory)
-    return weights + vllm_cache_bytes(knobs, config, tokens)
+    weights = weights_bytes(shape_only(config, knobs.precision, "cpu"))
+    return VLLM_OWN_BYTES + weights + vllm_cache_bytes(knobs, config, tokens)

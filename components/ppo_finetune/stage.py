@@ -27,6 +27,7 @@ from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optim
 from components.ppo_finetune.watch import check, keep_best, over_optimised
 from components.rlhf.activations import checkpoint_activations
 from components.rlhf.adapters import save_policy
+from components.rlhf.distributed import any_of, check_same
 from components.rlhf.memory import GIB, peak_bytes, release_free_memory, table
 from components.rlhf.models import context_tokens, member_folders
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
@@ -44,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 class Config(Settings):
     RUNTIME_ONLY = frozenset(
-        {"activation_checkpointing", "micro_batch_tokens", "threads", "checkpoint_seconds"}
+        {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "threads", "checkpoint_seconds"}
         | {"vllm_python", "vllm_memory_fraction", "vllm_sleep", "vllm_timeout_seconds"}
     )
 
@@ -146,6 +147,10 @@ class Config(Settings):
     """Longest that vLLM may take to start, or for the rollouts of one update, in seconds; then the stage ends for a retry."""
     seed: int = 0
     """Seed of the sampling; the order of the prompts has a stream of its own."""
+    processes: int = Field(1, ge=1)
+    """Processes on each node, one for each GPU: they share each step's work, and the result is the same within rounding."""
+    nodes: int = Field(1, ge=1)
+    """Nodes; with more than one the stage starts a Kubeflow TrainJob of so many pods and follows it."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 leaves its default."""
     checkpoint_seconds: float = Field(60.0, ge=0)
@@ -157,6 +162,8 @@ class Config(Settings):
             raise ValueError(f"{self.minibatches} minibatches of {self.batch_prompts * self.samples_per_prompt} completions")
         if self.value_epochs > self.epochs:
             raise ValueError(f"value_epochs {self.value_epochs} is more than epochs {self.epochs}")
+        if self.processes * self.nodes > self.batch_prompts:
+            raise ValueError(f"{self.processes * self.nodes} processes share {self.batch_prompts} prompts: some would have none")
         return self
 
 
@@ -354,6 +361,8 @@ def train(
         for row in progress.history:
             context.tracker.row(row, row["update"])
         _log.info("continuing after update %d", progress.update)
+    trained = [*progress.roles.policy.trainable, *progress.roles.value.trainable]
+    check_same("PPO", trained)
     order = data_order(len(prompts), (config.updates + 1) * config.batch_prompts, config.seed)
     steps = config.epochs * config.minibatches
     with context.deferred_stop() as stop:
@@ -369,9 +378,11 @@ def train(
                 _log.warning("the judge's penalised reward falls while the reward rises: stopped after update %d", update)
                 return "over_optimised"
             progress.update = min(update + 1, config.updates)
-            if update < config.updates and (stop.is_set() or checkpoints.due()):
+            stopping, due = any_of(stop.is_set(), checkpoints.due())
+            if update < config.updates and (stopping or due):
+                check_same("PPO", trained)
                 checkpoints.save(progress.state())
-            if stop.is_set():
+            if stopping:
                 context.leave()
     return "finished"
 

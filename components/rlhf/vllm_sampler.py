@@ -141,19 +141,17 @@ class VllmSampler:
         self._number = 0
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, generator: torch.Generator
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, max_new_tokens: int, temperature: float
     ) -> list[tuple[list[int], Tensor]]:
         """One completion of each prompt, as (token ids, log-probabilities float32 [T]).
 
-        Each has a seed of its own, drawn from `generator`: what a row draws does not depend on which others are beside it, but for
-        rounding.
+        Each has a seed of its own, below `SEEDS`: what a row draws does not depend on which others are beside it, but for rounding.
         """
-        seeds = torch.randint(SEEDS, (len(prompts),), generator=generator).tolist()
         written = self._write()
         request = {
             "do": "generate",
             "prompts": [list(prompt) for prompt in prompts],
-            "seeds": seeds,
+            "seeds": list(seeds),
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "eos_id": self._tokenizer.eos_token_id,

@@ -1,6 +1,6 @@
 """MLflow: one run per stage, a child of the pipeline's run.
 
-`MLFLOW_TRACKING_URI` names the server. The pipeline's run is `RANKLOOP_PARENT_RUN_ID`, made by the submitter. A run that the
+`MLFLOW_TRACKING_URI` names the server. The pipeline's run is `RANKLOOP_PARENT_RUN_ID` (run_tree.py: who makes it). A run that the
 orchestrator made for this very task (`MLFLOW_RUN_ID`, as KFP's MLflow plugin sets it) is adopted instead of making one.
 Without a tracking server a stage still runs; it says so and tracks nothing.
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PARENT_VARIABLE = "RANKLOOP_PARENT_RUN_ID"
+ADOPTED_VARIABLE = "MLFLOW_RUN_ID"
 EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 DEFAULT_EXPERIMENT = "rankloop"
 PATIENCE_VARIABLE = "RANKLOOP_TRACKING_PATIENCE"
@@ -104,13 +105,28 @@ class Tracker:
             return
         self._client = client()
         self._ask(lambda mlflow: self._open(mlflow, config, inputs), patience=0)
+        self._begin_sending()
+
+    def adopt(self, run_id: str) -> None:
+        """Goes on with a run that another process has opened and will close, if there is one; `send_rest` ends it here."""
+        if run_id:
+            self._client, self.run_id = client(), run_id
+            self._begin_sending()
+
+    def _begin_sending(self) -> None:
         self._sender = threading.Thread(target=self._send_beside, name="mlflow-metrics", daemon=True)
         self._sender.start()
 
     def _open(self, mlflow: MlflowClient, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-        adopted = os.environ.get("MLFLOW_RUN_ID", "")
+        adopted = os.environ.get(ADOPTED_VARIABLE, "")
+        logged: Mapping[str, str] = {}
         if adopted:
+            # KFP makes it once a task and ends it with every attempt, when it also logs the task's inputs in its own notation: a
+            # retry finds it failed and with parameters, of which MLflow lets none be changed.
             self.run_id = adopted
+            mlflow.update_run(adopted, status="RUNNING")
+            mlflow.set_tag(adopted, "rankloop.stage", self.stage)
+            logged = mlflow.get_run(adopted).data.params
         else:
             parent = os.environ.get(PARENT_VARIABLE, "")
             tags = {"mlflow.runName": self.stage, "rankloop.stage": self.stage}
@@ -122,7 +138,7 @@ class Tracker:
             self.run_id = mlflow.create_run(experiment, tags=tags).info.run_id
         from mlflow.entities import Param
 
-        params = [Param(f"{key}", str(value)[:6000]) for key, value in {**config, **inputs}.items()]
+        params = [Param(f"{key}", str(value)[:6000]) for key, value in {**config, **inputs}.items() if key not in logged]
         for first in range(0, len(params), 100):
             mlflow.log_batch(self.run_id, params=params[first : first + 100])
         mlflow.log_text(self.run_id, json.dumps({"config": dict(config), "inputs": dict(inputs)}, indent=2), "config.json")
@@ -169,6 +185,13 @@ class Tracker:
             record: tags to be set before.
         """
         patience = _patience() if status == "FINISHED" else 0.0
+        self.send_rest(status)
+        self.tags(record or {}, patience)
+        self._ask(lambda mlflow: mlflow.set_terminated(self.run_id, status), patience)
+
+    def send_rest(self, status: str) -> None:
+        """Sends what is pending; waits for a server that is away as `finish` does."""
+        patience = _patience() if status == "FINISHED" else 0.0
         self._ending = True
         self._enough.set()
         if self._sender is not None:
@@ -177,8 +200,6 @@ class Tracker:
             raise self._refused
         if not self._refused and not (self._sender and self._sender.is_alive()):
             self._ask(self._send_pending, patience)
-        self.tags(record or {}, patience)
-        self._ask(lambda mlflow: mlflow.set_terminated(self.run_id, status), patience)
 
     def _ask(self, request: Callable[[MlflowClient], None], patience: float | None = None) -> None:
         """Makes a request, again and again while the server is away, for `patience` seconds; each may be sent twice."""

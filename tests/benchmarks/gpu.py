@@ -171,8 +171,12 @@ def weights_are_drawn(case: Case) -> Iterator[None]:
         init_head(model.score.float(), 0)
         return model
 
+    def frozen_scorer(*_: Any) -> Any:
+        return scorer().requires_grad_(False), case.tokenizer
+
     with (
         mock.patch.object(ppo_roles, "load_policy", policy),
+        mock.patch.object(ppo_roles, "load_scorer", frozen_scorer),
         mock.patch.object(reward_training, "new_scorer", scorer),
         mock.patch.object(dpo, "load_policy", policy),
     ):
@@ -216,8 +220,8 @@ def two_steps(step: Callable[[], object]) -> tuple[float, float]:
 def sft_step(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     config = sft.Config(**case.settings["train_sft"])
     tokens = case.settings["train_reward_model"]["max_tokens"]
-    passes = Passes(config.batch_size, tokens, config.micro_batch_tokens, config.activation_checkpointing)
-    shares = training_shares(case.config, "bfloat16", passes, lora_rank=0, lora_layers=0, scorer=False)
+    passes = Passes(config.batch_size, tokens, config.micro_batch_tokens, config.activation_checkpointing, varied=False)
+    shares = training_shares(case.config, "bfloat16", passes, device().type, lora_rank=0, lora_layers=0, scorer=False)
     refuse(shares)
     role = policy_role(drawn(AutoModelForCausalLM, case.config), trainable=True)
     optimiser = Optimiser(role.trainable, learning_rate=1e-6, steps=2, weight_decay=config.weight_decay)
@@ -257,9 +261,22 @@ def preference_step(case: Case, kind: str, compiled: bool = False) -> dict[str, 
             role = dpo._trainable(config, model)
     rows = join_where_it_pays(role, rows, pad)
     row = rows[0]
-    passes = Passes(len(rows) * row.rows, row.row_tokens, config.micro_batch_tokens, checkpointing, joined=row.joined)
+    passes = Passes(
+        len(rows) * row.rows,
+        row.row_tokens,
+        max(config.micro_batch_tokens, row.rows * row.row_tokens),  # a ranking is never parted
+        checkpointing,
+        joined=row.joined,
+        varied=False,
+    )
     shares = training_shares(
-        case.config, "bfloat16", passes, lora_rank=config.lora_rank, lora_layers=config.lora_layers, scorer=kind == "reward"
+        case.config,
+        "bfloat16",
+        passes,
+        device().type,
+        lora_rank=config.lora_rank,
+        lora_layers=config.lora_layers,
+        scorer=kind == "reward",
     )
     optimiser = Optimiser(role.trainable, learning_rate=1e-6, steps=2)
     if kind == "reward":

@@ -29,7 +29,7 @@ from components.rlhf.adapters import adapter_role, add_adapter
 from components.rlhf.memory import cache_bytes
 from components.rlhf.models import load_policy, policy_role
 from components.rlhf.rollout import completion_logprobs, sample, sample_tokens
-from components.rlhf.vllm_sampler import VllmSampler, save_untied, start_request, worker_command, worker_environment
+from components.rlhf.vllm_sampler import SEEDS, VllmSampler, save_untied, start_request, worker_command, worker_environment
 from components.services.line_process import LineProcess
 from components.simulated_world import truth
 from pipelines.local_services import LocalServices, environment_of
@@ -154,7 +154,8 @@ def speed(a: argparse.Namespace) -> None:
             vllm = VllmSampler(line, 900, model, tokenizer, "policy" if a.lora_rank else "", shape, folder / "weights")
 
             def by_vllm(batch: list[list[int]], generator: torch.Generator) -> list[tuple[list[int], Tensor]]:
-                return vllm(batch, max_new_tokens=a.new_tokens, temperature=1.0, generator=generator)
+                seeds = torch.randint(SEEDS, (len(batch),), generator=generator).tolist()
+                return vllm(batch, seeds, max_new_tokens=a.new_tokens, temperature=1.0)
 
             samplers: dict[str, Callable[..., Any]] = {"torch": by_torch, "vllm": by_vllm}
             for batch in a.batch:

@@ -201,6 +201,28 @@ def test_line_20_sampling_and_the_order_of_rows_do_not_draw_from_each_other(fold
     assert long.order.initial_seed() != long.sampling.initial_seed()
 
 
+def test_line_20_another_engine_gets_a_seed_for_each_completion_from_the_stream_of_the_sampling(folders: dict[str, Any]) -> None:
+    config, roles = make_config(samples_per_prompt=2), make_roles(folders)
+    asked: list[tuple[list[list[int]], list[int]]] = []
+
+    def engine(prompts: list[list[int]], seeds: list[int], **options: Any) -> list[tuple[list[int], torch.Tensor]]:
+        assert options == {"max_new_tokens": 10, "temperature": 1.0}
+        asked.append((prompts, seeds))
+        return [([20 + number, EOS], torch.tensor([-1.0, -2.0])) for number in range(len(prompts))]
+
+    generator = torch.Generator().manual_seed(0)
+    first = roll_out(config, roles, encoded(roles), generator, engine)  # type: ignore[arg-type]
+    resumed = torch.Generator()
+    resumed.set_state(generator.get_state())
+    for stream in (generator, resumed):
+        roll_out(config, roles, encoded(roles), stream, engine)  # type: ignore[arg-type]
+    assert asked[0][0] == [prompt for prompt in encoded(roles) for _ in range(2)]
+    assert len({*asked[0][1], *asked[1][1]}) == 24
+    assert asked[1] == asked[2]
+    assert [each.token_ids[0] for each in first] == list(range(20, 32))
+    assert all(each.ended for each in first)
+
+
 def test_line_22_the_samplers_log_probabilities_are_compared_with_the_trainers(folders: dict[str, Any]) -> None:
     config, roles = make_config(), make_roles(folders)
     drawn = roll_out(config, roles, encoded(roles), torch.Generator().manual_seed(0))
