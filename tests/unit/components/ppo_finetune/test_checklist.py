@@ -104,9 +104,9 @@ def taught(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     seen: dict[str, list[float]] = {"advantages": [], "returns": []}
     plain_policy, plain_value = ppo.policy_loss, ppo.value_loss
 
-    def policy_loss(logprobs: Any, old: Any, advantages: Any, mask: Any, clip: float) -> Any:
+    def policy_loss(logprobs: Any, old: Any, advantages: Any, mask: Any, *rest: Any) -> Any:
         seen["advantages"] += advantages[mask].tolist()
-        return plain_policy(logprobs, old, advantages, mask, clip)
+        return plain_policy(logprobs, old, advantages, mask, *rest)
 
     def value_loss(values: Any, old: Any, returns: Any, mask: Any, clip: float) -> Any:
         seen["returns"] += returns[mask].tolist()
