@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,24 +97,33 @@ class Servers(NamedTuple):
 @pytest.fixture(scope="module")
 def servers(address: str, built: str, services: LocalServices, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     folder = Path(tmp_path_factory.mktemp("containers"))
-    with mlflow_on_postgres(services, Path("/tmp") / f"rankloop-{os.getpid()}", admin_password=ADMIN[1]) as tracking:
+    database = Path(tempfile.mkdtemp(prefix="rankloop-postgres-"))
+    database.chmod(0o755)  # PostgreSQL runs as another user
+    with mlflow_on_postgres(services, database, admin_password=ADMIN[1]) as tracking:
         user = {"username": USER[0], "password": USER[1]}
         requests.post(f"{tracking}/api/2.0/mlflow/users/create", json=user, auth=ADMIN, timeout=30).raise_for_status()
         with environment_of(services), pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_URI", tracking)
-            patch.setenv("MLFLOW_TRACKING_USERNAME", USER[0])
-            patch.setenv("MLFLOW_TRACKING_PASSWORD", USER[1])
+            mine = {
+                "MLFLOW_TRACKING_URI": tracking,
+                "MLFLOW_TRACKING_USERNAME": USER[0],
+                "MLFLOW_TRACKING_PASSWORD": USER[1],
+            }
+            for name, value in mine.items():
+                patch.setenv(name, value)
+            search = f"{tracking}/api/2.0/mlflow/experiments/search?max_results=1"
+            assert requests.get(search, timeout=30).status_code == 401, "nobody gets in without a name"
             rankings = f"{services.storage_root}/incoming/containers.jsonl"
             Storage().upload_file(write_rankings(folder / "rankings.jsonl", 210, seed=3), rankings)
             mlflow = client()
-            names = [name for name in (*services.environment, *os.environ) if name.startswith(("AWS_", "MLFLOW_", "RANKLOOP_"))]
-            environment = {name: os.environ[name] for name in sorted(set(names))}
-            environment |= {
+            environment = {
+                **services.environment,
+                **mine,
                 "RANKLOOP_STORAGE": f"{services.storage_root}/containers",
                 "OMP_NUM_THREADS": "1",
                 PARENT_VARIABLE: mlflow.create_run(experiment_id(mlflow), tags={"mlflow.runName": "containers"}).info.run_id,
             }
             yield Servers(address, environment, rankings, folder)
+    shutil.rmtree(database)
 
 
 def shown(address: str, image: str, *command: str) -> str:
