@@ -72,7 +72,11 @@ def source_of(module: str) -> Path | None:
 def imports_of(path: Path) -> tuple[set[str], set[str]]:
     """What a file imports anywhere: names that may be modules of ours, and top-level names of others."""
     ours, others = set(), set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typed_only = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for node in typed_only:
+        node.body = []
+    for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
