@@ -14,6 +14,7 @@ import typer
 
 from components.services.exits import EXIT_INTERRUPTED, StageFailure
 from pipelines import models
+from pipelines.capacity.command import plan
 from pipelines.cluster import bucket
 from pipelines.display import Home, console_of
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(models.app, name="models")
+app.command()(plan)
 app.add_typer(bucket.app, name="bucket")
 
 

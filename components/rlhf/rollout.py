@@ -88,9 +88,9 @@ def sample_tokens(
     positions_BT = (attention_BT.cumsum(1) - 1).clamp(min=0)
     size = max(1, prefill_tokens // ids_BT.shape[1]) if prefill_tokens else len(ids_BT)
     caches, last = [], []
-    for part in zip(*(each.split(size) for each in (ids_BT, attention_BT, positions_BT)), strict=True):
+    for piece in zip(*(each.split(size) for each in (ids_BT, attention_BT, positions_BT)), strict=True):
         caches.append(DynamicCache())
-        last.append(forward(caches[-1], *part))
+        last.append(forward(caches[-1], *piece))
     cache, hidden_BD = _one_cache(caches), torch.cat(last)
     if samples > 1:
         cache.batch_repeat_interleave(samples)
