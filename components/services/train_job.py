@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 RUNTIME_VARIABLE = "RANKLOOP_TRAINING_RUNTIME"
 DEFAULT_RUNTIME = "rankloop-torch"
 RESOURCES_VARIABLE = "RANKLOOP_NODE_RESOURCES"  # {"cpu": 8, "memory": "64Gi"}: of each node beside its GPUs
-IMAGE_VARIABLE = "RANKLOOP_TRAIN_IMAGE"
 LOOK_SECONDS = 2.0
 UNREACHABLE_SECONDS = 300.0  # for so long the cluster may not answer; the job runs on meanwhile
 STOP_SECONDS = 25.0  # for the processes to save and leave; Kubernetes gives pods 30
@@ -161,7 +160,7 @@ def trainer_of(job: Job, backend: str) -> CustomTrainer:
         resources = {"gpu": str(job.config["processes"]), **_node_resources()}
     return CustomTrainer(
         func=start_processes,
-        image=os.environ.get(IMAGE_VARIABLE, TRAIN),
+        image=TRAIN,
         num_nodes=job.config["nodes"],
         resources_per_node=resources,
         env=variables,
