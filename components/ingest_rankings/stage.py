@@ -34,7 +34,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from components.ingest_rankings.alike import UNLOOKED, Near, Policies, SameRanking
+from components.ingest_rankings.batches import UNLOOKED, Near, Policies, SameRanking
 from components.ingest_rankings.exports.columns import column_map
 from components.ingest_rankings.formats import FORMS
 from components.ingest_rankings.groups import Grouping
