@@ -9,7 +9,7 @@ was asked twice and answered at two times gave two rankings: those stay, for the
 rankings the one with the smallest record digest stays, so that neither the order of files nor a parent snapshot nor shards that are
 merged later change what stays. Of a rater who is not known nothing is dropped: two of them may be two people.
 
-On disk lie, for each ranking, its place (36 bytes), the key of the same ranking (20), 20 band keys (240) and, of several turns, the
+On disk lie, for each ranking, its place (36 bytes), the key of the same ranking (20), 16 band keys (192) and, of several turns, the
 key of its conversation (20), in 16 or 64 files by the key's first bits. In memory are one file at a time, 2 bytes for each ranking,
 and 30 for each that goes.
 """

@@ -32,13 +32,15 @@ class Turns(NamedTuple):
 
 def same_key(ranking: Ranking) -> bytes:
     """16 bytes, equal for two rankings that are the same."""
-    turns = [part for message in ranking.prompt for part in (message["role"].encode(), _half_bare(message["content"]))]
     ranks = dense(ranking.ranks)
-    bare = _bare if len(set(ranks)) < len(ranks) else _half_bare  # those that tie are put into order by what is left of them
-    levels, completions = zip(*sorted(zip(ranks, map(bare, ranking.completions), strict=True)), strict=True)
+    completions = [_half_bare(text) for text in ranking.completions]
+    if len(set(ranks)) < len(ranks):  # those that tie are put into order by what is left of them
+        completions = [text.translate(None, _SPACES) for text in completions]
+    levels, preferred = zip(*sorted(zip(ranks, completions, strict=True)), strict=True)
+    turns = [part for message in ranking.prompt for part in (message["role"].encode(), _half_bare(message["content"]))]
     about = orjson.dumps([ranking.rater_id, ranking.criterion or "", len(turns), levels])
     # No byte of UTF-8 is 0xff, so that the parts stay apart.
-    return hashlib.sha256(about + b"\xff" + b"\xff".join((*turns, *completions)).translate(None, _SPACES)).digest()[:16]
+    return hashlib.sha256(about + b"\xff" + b"\xff".join((*turns, *preferred)).translate(None, _SPACES)).digest()[:16]
 
 
 def turns_of(prompt: Sequence[Message]) -> Turns | None:
