@@ -7,6 +7,7 @@ depend on how many there are. One that is killed ends the ingest; when the inges
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import queue
@@ -18,6 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
@@ -27,6 +29,7 @@ from components.ingest_rankings.sorter import Reading, Sorted, Sorter
 from components.services.exits import Retry
 
 ALONE_BLOCKS = 8  # of half a megabyte: a process is ready after a second, in which one sorts out ten thousand rankings
+PIPE_BYTES = 2**20
 MOST = 8  # processes by default: one that unpacks and writes cannot feed more
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _PROGRAM = """
@@ -77,11 +80,8 @@ class Sorting:
             process.kill()
         for process in self._processes:
             process.wait()
-        for _ in self._threads:  # what waits is not sorted out any more
-            try:
-                self._blocks.put_nowait(None)
-            except queue.Full:
-                break
+        for _ in self._threads:  # without their processes they are through with what waits at once
+            self._blocks.put(None)
 
     def each(self, blocks: Iterable[tuple[str, Block]]) -> Iterator[tuple[str, Sorted]]:
         """What became of each block, in their order, with the name that came with it.
@@ -108,6 +108,8 @@ class Sorting:
         for _ in range(self._count):
             process = subprocess.Popen([sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self._processes.append(process)
+            for pipe in (process.stdin, process.stdout):
+                _widen(pipe)
             # A thread that waits for a pipe may outlive a signal's exception; it ends with its process.
             thread = threading.Thread(target=self._serve, args=(process,), daemon=True)
             self._threads.append(thread)
@@ -150,6 +152,13 @@ def _ended(process: subprocess.Popen[bytes]) -> Retry:
         f"a process of the ingest (pid {process.pid}) was ended {how}; nothing is published",
         "run again; where memory is short (SIGKILL), give more of it, or set ingest_rankings.processes to 1",
     )
+
+
+def _widen(pipe: IO[bytes] | None) -> None:
+    """Lets a whole block wait in a pipe, where the system can do that: 64 KB at a time would be a change of process each."""
+    if pipe is not None and hasattr(fcntl, "F_SETPIPE_SZ"):
+        with suppress(OSError):  # a user's pipes have a limit
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _send(pipe: IO[bytes], value: Any) -> None:

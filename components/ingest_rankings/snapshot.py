@@ -246,7 +246,7 @@ class _Parts:
         self._records: list[bytes] = []
         self._bytes = self._part_rows = self._part_bytes = self._parts = 0
         self._writer: pq.ParquetWriter | None = None
-        self._beside = Beside()
+        self._tables, self._beside = Beside(), Beside()  # one makes tables, which the other writes
 
     def __enter__(self) -> _Parts:
         return self
@@ -255,8 +255,10 @@ class _Parts:
         try:
             if kind is None:
                 self._flush()
+                self._tables.finish()
                 self._beside.finish()
         finally:
+            self._tables.close()
             self._beside.close()
             self._end_part()
 
@@ -267,20 +269,22 @@ class _Parts:
             self._flush()
             if self._part_rows >= PART_ROWS or self._part_bytes >= PART_BYTES:
                 self._part_rows = self._part_bytes = 0
-                self._beside.call(self._end_part)
+                self._tables.call(self._beside.call, self._end_part)
 
     def _flush(self) -> None:
         if self._records:
-            self._beside.call(self._write, self._records)
+            self._tables.call(self._make, self._records)
             self._part_rows, self._part_bytes = self._part_rows + len(self._records), self._part_bytes + self._bytes
             self._records, self._bytes = [], 0
 
-    def _write(self, records: list[bytes]) -> None:
+    def _make(self, records: list[bytes]) -> None:
+        self._beside.call(self._write, _table(records))
+
+    def _write(self, table: pa.Table) -> None:
         if self._writer is None:
             path = self._folder / f"part-{self._parts:05d}.parquet"
             self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
             self._parts += 1
-        table = _table(records)
         self._facts.count(table)
         self._writer.write_table(table)
 
