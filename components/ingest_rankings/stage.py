@@ -224,7 +224,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     if context.storage.is_published(snapshot_uri):
         _log.info("the snapshot is there already: %s", snapshot_uri)
     else:
-        context.storage.publish_folder(context.scratch / "snapshot", snapshot_uri, {**snapshot.marker, "parents": parents})
+        marker = {**snapshot.marker, "rater_salt_fingerprint": raters.fingerprint, "parents": parents}
+        context.storage.publish_folder(context.scratch / "snapshot", snapshot_uri, marker)
     counts = {"read": gathered.read, "accepted": snapshot.rankings, "duplicates": duplicates, "quarantined": reasons.total()}
     report = context.marker(
         "ingest",

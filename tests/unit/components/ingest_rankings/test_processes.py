@@ -89,7 +89,7 @@ def test_a_defect_in_a_process_is_told() -> None:
         assert sorting._ready.wait(60)
         yield wrong
 
-    with pytest.raises(RuntimeError, match="a process of the ingest failed:\n(.|\n)*TypeError"), Sorting(READING, 2) as sorting:
+    with pytest.raises(RuntimeError, match=r"a process of the ingest failed:\n(.|\n)*Error"), Sorting(READING, 2) as sorting:
         list(sorting.each(with_a_wrong_one()))
 
 
