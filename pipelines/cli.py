@@ -1,4 +1,4 @@
-"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`."""
+"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`, `bucket`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Annotated
 
 import typer
 
-from components.services.exits import EXIT_INTERRUPTED, DoNotRetry, StageFailure
+from components.services.exits import EXIT_INTERRUPTED, StageFailure
 from pipelines import models
+from pipelines.capacity.command import plan
+from pipelines.cluster import bucket
 from pipelines.display import Home, console_of
 
 app = typer.Typer(
@@ -24,6 +26,8 @@ app = typer.Typer(
 )
 
 app.add_typer(models.app, name="models")
+app.command()(plan)
+app.add_typer(bucket.app, name="bucket")
 
 
 @app.command()
@@ -91,21 +95,36 @@ def watch(
 
 @app.command()
 def compile(
-    output: Annotated[Path, typer.Option(help="File to write.")] = Path("rlhf.yaml"),
+    output: Annotated[Path | None, typer.Option(help="File to write. Default: the graph's name and .yaml.")] = None,
     graph: Annotated[
         str,
         typer.Option(help="rlhf; drift_watch: to be scheduled, runs rlhf if rankings drifted; sharded_ingest: many pods read."),
     ] = "rlhf",
+    resources: Annotated[
+        str,
+        typer.Option(help="gpu: every stage a GPU pod; lean: those that use them; or a YAML file, see pipelines/resources.yaml."),
+    ] = "gpu",
+    form: Annotated[
+        str, typer.Option("--format", help="kfp: to upload; kubernetes: Pipeline and PipelineVersion objects to apply.")
+    ] = "kfp",
+    namespace: Annotated[str, typer.Option(help="Namespace of the Kubernetes objects.")] = "rankloop",
+    allow_tags: Annotated[
+        bool, typer.Option("--allow-tags", help="Take images by tag, to try something out; otherwise a digest is demanded.")
+    ] = False,
 ) -> None:
-    """Writes a graph as KFP v2 YAML, ready to upload to a Kubeflow cluster."""
-    from kfp import compiler
+    """Writes a graph for a Kubeflow cluster, checked against the policy that every pod has to keep.
 
-    from pipelines.local_run import GRAPHS
+    The images are those of RANKLOOP_DATA_IMAGE and RANKLOOP_TRAIN_IMAGE, by digest: REGISTRY/NAME@sha256:…
+    """
+    from pipelines.package import write_package
+    from pipelines.resources import load
 
-    if graph not in GRAPHS:
-        raise DoNotRetry(f"unknown graph {graph!r}; known: {', '.join(GRAPHS)}")
-    compiler.Compiler().compile(GRAPHS[graph], str(output))
-    console_of().print(f"wrote {output}", highlight=False)
+    table = load(resources)
+    path = output or Path(f"{graph}.yaml")
+    written = write_package(graph, table, path, form, allow_tags, namespace)
+    pods = [written.stage(label) for label in written.executors()]
+    with_gpus = sum(table.gpus(stage) > 0 for stage in pods)
+    console_of().print(f"wrote {path}: {len(pods)} tasks, {with_gpus} with GPUs, {path.stat().st_size:,} bytes", highlight=False)
 
 
 @app.command()

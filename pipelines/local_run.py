@@ -13,11 +13,12 @@ from pathlib import Path
 from kfp import local
 
 from components.services.launch import code_digest
-from pipelines.drift_watch import drift_watch
-from pipelines.rlhf import rlhf
-from pipelines.sharded_ingest import sharded_ingest
+from pipelines.drift_watch import drift_watch_graph
+from pipelines.rlhf import rlhf_graph
+from pipelines.sharded_ingest import sharded_ingest_graph
 
-GRAPHS = {"rlhf": rlhf, "drift_watch": drift_watch, "sharded_ingest": sharded_ingest}
+# What builds each graph, for a cluster's table of resources or, without one, for this machine.
+GRAPHS = {"rlhf": rlhf_graph, "drift_watch": drift_watch_graph, "sharded_ingest": sharded_ingest_graph}
 
 
 def main(path: Path) -> None:
@@ -35,7 +36,7 @@ def main(path: Path) -> None:
         enable_caching=request["caching"],
         cache_root=str(home / "kfp-cache" / code_digest()[:16]),
     )
-    GRAPHS[request["graph"]](**request["arguments"])
+    GRAPHS[request["graph"]]()(**request["arguments"])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import IO, Any
 import psutil
 
 from components.services.exits import DoNotRetry, Retry
+from components.services.tracking import PATIENCE_VARIABLE
 from pipelines.watchdog import Watchdog
 
 BUCKET = "rankloop"
@@ -133,6 +134,7 @@ class LocalServices:
             "AWS_EC2_METADATA_DISABLED": "true",
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "RANKLOOP_STORAGE": self.storage_root,
+            PATIENCE_VARIABLE: os.environ.get(PATIENCE_VARIABLE, "20"),  # a local server that is gone is not started again
         }
         self._watchdog = Watchdog()
         seaweed = self._spawn("seaweedfs", self._seaweed_command(ports), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -49,37 +50,72 @@ def postgres(folder: Path) -> Iterator[str]:
         folder: a new one, below folders that any user may enter: PostgreSQL does not run as root.
     """
     bin_folder, (port,) = programs(), free_ports(1)
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     folder.mkdir(parents=True)
-    if as_user:
+    if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
     data = folder / "data"
-
-    def call(*command: str) -> None:
-        subprocess.run([*as_user, *command], check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=START_SECONDS)
-
-    call(str(bin_folder / "initdb"), "-D", str(data), "-U", "rankloop", "--auth=trust", "--no-sync")
+    _call(folder, str(bin_folder / "initdb"), "-D", str(data), "-U", "rankloop", "--auth=trust", "--no-sync")
     options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder} -c fsync=off"
-    call(str(bin_folder / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(folder / "log"), "-w", "start")
+    _call(folder, str(bin_folder / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(folder / "log"), "-w", "start")
     try:
-        call(str(bin_folder / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "rankloop", "mlflow")
+        _call(folder, str(bin_folder / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "rankloop", "mlflow")
         yield f"postgresql+psycopg2://rankloop@127.0.0.1:{port}/mlflow"
     finally:
-        call(str(bin_folder / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop")
+        _call(folder, str(bin_folder / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop")
+
+
+def restart_postgres(folder: Path) -> None:
+    """Ends the server of `postgres(folder)` as a crash would, and starts it again with the same options."""
+    _call(
+        folder,
+        str(programs() / "pg_ctl"),
+        "-D",
+        str(folder / "data"),
+        "-m",
+        "immediate",
+        "-l",
+        str(folder / "log"),
+        "-w",
+        "restart",
+    )
+
+
+def _call(folder: Path, *command: str) -> None:
+    """Runs a program of PostgreSQL's, as its own user where this one is root."""
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    subprocess.run([*as_user, *command], check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=START_SECONDS)
 
 
 @contextmanager
-def mlflow_on_postgres(services: LocalServices, folder: Path, workers: int = 2) -> Iterator[str]:
-    """An MLflow server with its data in PostgreSQL and its artifacts on the store of `services`; gives its address."""
+def mlflow_on_postgres(services: LocalServices, folder: Path, workers: int = 2, admin_password: str = "") -> Iterator[str]:
+    """An MLflow server with its data in PostgreSQL and its artifacts on the store of `services`; gives its address.
+
+    Args:
+        admin_password: if given, nobody gets in without a name and a password, and a new user may do nothing; the first is `admin`.
+    """
     (port,) = free_ports(1)
     with postgres(folder / "postgres") as database, open(folder / "mlflow.log", "wb") as log:
+        options, authentication = [], dict[str, str]()
+        if admin_password:
+            settings = folder / "authentication.ini"
+            settings.write_text(
+                f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = {database}\nadmin_username = admin\n"
+                "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            )
+            options = ["--app-name", "basic-auth"]
+            authentication = {
+                "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+                "MLFLOW_AUTH_ADMIN_PASSWORD": admin_password,
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+            }
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database),
                 *("--serve-artifacts", "--artifacts-destination", f"{services.storage_root}/mlflow-postgres"),
                 *("--host", "127.0.0.1", "--port", str(port), "--workers", str(workers)),
+                *options,
             ],
-            env={**os.environ, **services.environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            env={**os.environ, **services.environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **authentication},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

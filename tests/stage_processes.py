@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -22,10 +23,13 @@ import torch
 from safetensors.torch import load_file
 
 from components.rlhf.records import SCHEMA
-from components.services import progress
+from components.services import processes, progress
+from components.services.job import Job
 from components.services.launch import main
 from components.services.storage import FILES, MARKER, Storage
+from components.services.tracking import client
 from components.simulated_world.generate import simulate_rankings
+from pipelines.local_services import free_ports
 
 OPTIONS = {
     "train_sft": {"layers": 1, "hidden": 32, "heads": 2, "vocabulary": 400, "epochs": 2, "test_examples": 16},
@@ -75,16 +79,17 @@ class StageProcess:
     Args:
         root: the S3 URI below which it publishes.
         options: of its command line, on top of `OPTIONS`.
+        forked: with several `processes` these are forked, too, where torchrun would start them.
     """
 
-    def __init__(self, stage: str, root: str, inputs: dict[str, str], **options: Any) -> None:
+    def __init__(self, stage: str, root: str, inputs: dict[str, str], *, forked: bool = True, **options: Any) -> None:
         values = {"threads": 1, "checkpoint_seconds": 0, **OPTIONS[stage], **options, **inputs}
         arguments = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
         self._folder = tempfile.TemporaryDirectory()
         self._events = Path(self._folder.name) / "events"
         environment = {**os.environ, "RANKLOOP_STORAGE": root, progress.EVENTS_VARIABLE: str(self._events)}
         self._process: ForkServerProcess = _forks.Process(
-            target=_run, args=(stage, arguments, environment, self._folder.name), daemon=True
+            target=_run, args=(stage, arguments, environment, self._folder.name, forked), daemon=True
         )
         self._process.start()
 
@@ -114,15 +119,56 @@ class StageProcess:
         return Ended(code, *written)
 
 
-def _run(stage: str, arguments: list[str], environment: dict[str, str], folder: str) -> None:
+def _run(stage: str, arguments: list[str], environment: dict[str, str], folder: str, forked: bool) -> None:
     """What the forked process does."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # TMPDIR may have changed
     progress.SECONDS_BETWEEN_EVENTS = 0.0
     sys.argv = [stage, *arguments]
+    if forked:
+        processes.Node = ForkedNode  # type: ignore[assignment, misc]
     main(stage)
+
+
+class ForkedNode:
+    """Does what `processes.Node` does, but forks the processes: importing takes each of them seven seconds."""
+
+    def __init__(self, job: Job) -> None:
+        from components.services import rank
+
+        (port,) = free_ports(1)
+        count = int(job.config["processes"])
+        self._pids: list[int] = []
+        for number in range(count):
+            pid = os.fork()
+            if pid == 0:
+                os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANKLOOP_JOB=job.model_dump_json())
+                code = 1
+                try:
+                    rank.main()
+                    code = 0
+                finally:
+                    os._exit(code)
+            self._pids.append(pid)
+
+    def running(self) -> bool:
+        self._pids = [pid for pid in self._pids if os.waitpid(pid, os.WNOHANG)[0] == 0]
+        return bool(self._pids)
+
+    def stop(self) -> None:
+        for pid in self._pids:
+            os.kill(pid, signal.SIGTERM)
+
+    def said(self) -> str:
+        return "all forks ended"
+
+    def close(self) -> None:
+        for pid in self._pids:
+            os.kill(pid, signal.SIGKILL)
 
 
 def run(stage: str, root: str, inputs: dict[str, str], **options: Any) -> Ended:
@@ -140,14 +186,20 @@ class Undisturbed(NamedTuple):
         return next(iter(self.outputs[stage].values()))
 
 
-def train_undisturbed(root: str) -> Undisturbed:
-    """Runs the training stages one after the other on 120 simulated rankings; everything is below `root`."""
+def publish_snapshot(root: str) -> dict[str, str]:
+    """120 simulated rankings below `root`, as an input of a stage."""
     empty = {"confidence": None}
     rows = [{**empty, **record, "ranking_id": str(i)} for i, record in enumerate(simulate_rankings(120, seed=0))]
     snapshot = {"snapshot_uri": root + "/snapshot"}
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), Path(folder) / "part-00000.parquet")
         Storage().publish_folder(Path(folder), snapshot["snapshot_uri"], {"role": "rankings"})
+    return snapshot
+
+
+def train_undisturbed(root: str) -> Undisturbed:
+    """Runs the training stages one after the other on 120 simulated rankings; everything is below `root`."""
+    snapshot = publish_snapshot(root)
     sft = run("train_sft", root, snapshot).outputs
     scorers = run("train_reward_model", root, {**snapshot, **sft}).outputs
     ppo = {**snapshot, "sft_uri": sft["policy_uri"], **scorers}
@@ -179,6 +231,13 @@ def contents(uri: str) -> dict[str, Any]:
         else:
             files[name] = data
     return files
+
+
+def logged(uri: str) -> dict[str, Any]:
+    """The curves that MLflow has of the run that published a folder, but for measurements of the machine."""
+    run_id = Storage().get_json(f"{uri}/{MARKER}")["mlflow_run_id"]
+    names = [name for name in client().get_run(run_id).data.metrics if not is_measured(name)]
+    return {name: [(point.step, point.value) for point in client().get_metric_history(run_id, name)] for name in names}
 
 
 def is_measured(name: str) -> bool:

@@ -22,12 +22,22 @@ from torch import Tensor
 
 from components.rlhf.accuracy_report import ScoredRanking, accuracy_report
 from components.rlhf.adapters import adapter_role, add_adapter, save_policy
+from components.rlhf.distributed import any_of, check_same, passes, total
 from components.rlhf.dpo import Loss, dpo_loss, group_logprobs
-from components.rlhf.models import Precision, Role, context_tokens, load_policy, policy_role
+from components.rlhf.models import Precision, Role, context_tokens, device, load_policy, policy_role
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
-from components.rlhf.rankings import EncodedRanking, Encoding, encode_rankings, join_where_it_pays, pack, teaches_judge
+from components.rlhf.rankings import (
+    EncodedRanking,
+    Encoding,
+    encode_rankings,
+    join_where_it_pays,
+    over_processes,
+    pack,
+    teaches_judge,
+)
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.reward import Ties
+from components.rlhf.sharding import divide_layers
 from components.rlhf.tokens import Encoded, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
@@ -43,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
-    RUNTIME_ONLY = frozenset({"micro_batch_tokens", "threads", "checkpoint_seconds"})
+    RUNTIME_ONLY = frozenset({"micro_batch_tokens", "processes", "nodes", "shard", "threads", "checkpoint_seconds"})
 
     loss: Loss = "pairs"
     """Likelihood of a ranking: the mean over its pairs ("pairs"), or that of the whole order ("plackett_luce")."""
@@ -77,6 +87,12 @@ class Config(Settings):
     """Type of the weights; in bfloat16, those that are trained (all, or adapters) are kept and stepped in float32 too."""
     seed: int = 0
     """Seed of the adapter and of the order of the rankings."""
+    processes: int = Field(1, ge=1)
+    """Processes on each node, one for each GPU: they share each step's work, and the result is the same within rounding."""
+    nodes: int = Field(1, ge=1)
+    """Nodes; with more than one the stage starts a Kubeflow TrainJob of so many pods and follows it."""
+    shard: bool = False
+    """Divide weights, gradients and moments of the layers over the processes (FSDP2): for models that one GPU cannot hold."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 leaves its default."""
     checkpoint_seconds: float = Field(60.0, ge=0)
@@ -86,6 +102,8 @@ class Config(Settings):
     def _check(self) -> Config:
         if self.loss == "plackett_luce" and (self.ties == "half" or self.label_smoothing):
             raise ValueError('ties "half" and label_smoothing are of pairs: loss "plackett_luce" has neither')
+        if self.shard and self.precision == "bfloat16" and not self.lora_rank:
+            raise ValueError("shard trains float32 weights: set precision to float32, or lora_rank")
         return self
 
 
@@ -138,7 +156,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     snapshot, sft = context.scratch / "snapshot", context.scratch / "sft"
     context.storage.fetch_folder(inputs.snapshot_uri, snapshot)
     context.storage.fetch_folder(inputs.sft_uri, sft)
-    model, tokenizer = load_policy(sft, config.precision)
+    model, tokenizer = load_policy(sft, config.precision, torch.device("cpu") if config.shard else None)
     role = _trainable(config, model)
     fraction = judge_fraction(context.storage.get_json(join(inputs.judge_model_uri, MARKER)), inputs.judge_model_uri)
     train, test = read_rankings(config, model, tokenizer, snapshot, fraction)
@@ -229,12 +247,15 @@ def read_rankings(
 
 
 def _trainable(config: Config, model: PreTrainedModel) -> Role:
-    if not config.lora_rank:
-        return policy_role(model, trainable=True)
-    model.requires_grad_(False)
-    add_adapter(model, ADAPTER, config.lora_rank, config.lora_alpha, config.seed, config.lora_layers)
-    role = adapter_role(model, ADAPTER, model.get_output_embeddings(), trainable=True, head_trainable=False)
-    role.activate()
+    if config.lora_rank:
+        model.requires_grad_(False)
+        add_adapter(model, ADAPTER, config.lora_rank, config.lora_alpha, config.seed, config.lora_layers)
+        role = adapter_role(model, ADAPTER, model.get_output_embeddings(), trainable=True, head_trainable=False)
+        role.activate()
+    else:
+        role = policy_role(model, trainable=True)
+    if config.shard:
+        divide_layers(role, device())
     return role
 
 
@@ -268,6 +289,7 @@ def train_loop(
     else:
         _log.info("log-probabilities of %d rankings under the reference", len(everything))
         reference = logprobs_of(config, role, everything, pad_id)
+    check_same("DPO", role.trainable)
     order = data_order(len(rankings), steps * config.batch_rankings, config.seed)
 
     def state() -> dict[str, Any]:
@@ -284,9 +306,11 @@ def train_loop(
             row["gradient_norm"] = optimiser.step()
             history.append({"step": step, **row})
             context.tracker.row(row, step)
-            if stop.is_set() or (checkpoints.due() and step + 1 < steps):
+            stopping, due = any_of(stop.is_set(), checkpoints.due())
+            if stopping or (due and step + 1 < steps):
+                check_same("DPO", role.trainable)
                 checkpoints.save(state())
-            if stop.is_set():
+            if stopping:
                 context.leave()
     if not all(bool(weight.isfinite().all()) for weight in weights_of(role.trainable)):
         raise DoNotRetry(f"DPO diverged: weights are not finite after step {steps - 1}", LOWER_RATE)
@@ -304,7 +328,8 @@ def accumulate(
     reference_of = {id(each): logprobs_K for each, logprobs_K in zip(rankings, reference, strict=True)}
     loss_sum = 0.0
     seen: list[Measured] = []
-    for group in pack(rankings, config.micro_batch_tokens):
+    costs = [each.rows * each.row_tokens for each in rankings]
+    for group, counts in passes(rankings, costs, lambda own: pack(own, config.micro_batch_tokens), role.divided):
         weights = [each.ranking.confidence or 1.0 for each in group]
         reference_N = torch.cat([reference_of[id(each)] for each in group]).to(role.device)
         rewards_N = config.beta * (group_logprobs(role, group, pad_id) - reference_N)
@@ -316,12 +341,15 @@ def accumulate(
             ties=config.ties,
             label_smoothing=config.label_smoothing,
         )
-        share = loss * (sum(weights) / total_weight)
+        share = loss * (counts * sum(weights) / total_weight)
         share.backward()
         loss_sum += share.item()
+        if not counts:
+            continue
         rewards = rewards_N.detach().cpu().split([len(each.completions) for each in group])
         seen.append(measure(group, rewards, config.beta))
-    return {"loss": loss_sum, **Measured(*(sum(each) for each in zip(*seen, strict=True))).means()}
+    loss_sum, *measured = total(loss_sum, *(sum(each[number] for each in seen) for number in range(len(Measured._fields))))
+    return {"loss": loss_sum, **Measured._make(measured).means()}
 
 
 def measure(rankings: Sequence[EncodedRanking], rewards: Sequence[Tensor], beta: float) -> Measured:
@@ -341,11 +369,6 @@ def measure(rankings: Sequence[EncodedRanking], rewards: Sequence[Tensor], beta:
     return Measured(right, lead, pairs, first_log_ratio, first)
 
 
-@torch.no_grad()
 def logprobs_of(config: Config, role: Role, rankings: Sequence[EncodedRanking], pad_id: int) -> list[Tensor]:
     """Log-probabilities [K] of every ranking's completions under the policy as it is now, on the CPU."""
-    found: dict[int, Tensor] = {}
-    for group in pack(rankings, config.micro_batch_tokens):
-        each_K = group_logprobs(role, group, pad_id).cpu().split([len(each.completions) for each in group])
-        found |= {id(each): logprobs_K for each, logprobs_K in zip(group, each_K, strict=True)}
-    return [found[id(each)] for each in rankings]
+    return over_processes(role, rankings, config.micro_batch_tokens, lambda group: group_logprobs(role, group, pad_id))

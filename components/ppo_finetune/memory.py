@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+import torch
 
 from components.ppo_finetune.roles import trunk_layers
 from components.rlhf.adapters import ADAPTER_FOLDER, AdapterShape, adapter_bytes, adapter_shape
 from components.rlhf.memory import (
+    FLOAT_BYTES,
+    Passes,
     Share,
     cache_bytes,
+    device_shares,
+    forward_bytes,
     held_bytes,
-    saved_bytes,
+    pass_bytes,
     shape_only,
     shape_role,
     weights_bytes,
     weights_file_bytes,
 )
 from components.rlhf.models import device, dtype_of
-from components.rlhf.rollout import LOGIT_BYTES
+from components.rlhf.rollout import PREFILL_MICRO_BATCHES
 
-FLOAT_BYTES = 4  # what is trained is kept, stepped and its gradient added up in float32
-UNUSABLE = 0.3  # of the activations: held by the allocator, not usable again for micro-batches of another shape; 0.2 to 0.5 seen
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+VLLM_BLOCK_TOKENS = 128  # in which vLLM hands out its cache on a CPU; a completion's last one is not full
+VLLM_OWN_BYTES = 2**30  # of the process on a CPU, beside weights and cache: 0.9 to 1.2 GiB seen
 
 
 class Knobs(Protocol):
@@ -36,10 +45,19 @@ class Knobs(Protocol):
     lora_rank: int
     lora_layers: int
     precision: Literal["float32", "bfloat16"]
+    rollout_engine: Literal["torch", "vllm"]
+    vllm_memory_fraction: float
+
+
+class Scorer(NamedTuple):
+    """A member of the reward model, or the judge, as an adapter: its bytes and shape. Without LoRA each is a model of its own."""
+
+    bytes: int = 0
+    shape: AdapterShape | None = None
 
 
 def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequence[int]) -> list[Share]:
-    """The shares of every role, and of the phase of an update that takes most.
+    """The shares on this process's device: what it holds already, every role, and the phase that takes most.
 
     Args:
         sft: folder of the policy.
@@ -48,21 +66,39 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(sft)
-    model = shape_only(config, knobs.precision)
+    found = [Scorer(adapter_bytes(f), adapter_shape(f / ADAPTER_FOLDER)) if knobs.lora_rank else Scorer() for f in scorers]
+    config, kind = AutoConfig.from_pretrained(sft), device().type
+    held = Share("process", "held before the models are loaded", held_bytes())
+    shares = [held, *update_shares(knobs, config, found, max(prompt_tokens), weights_file_bytes(sft), kind)]
+    if knobs.rollout_engine == "vllm":
+        tokens = max(prompt_tokens) + knobs.max_new_tokens
+        shares.append(Share("vLLM", "a process of its own: weights and cache", vllm_bytes(knobs, config, tokens)))
+    return shares
+
+
+def update_shares(
+    knobs: Knobs, config: PretrainedConfig, scorers: Sequence[Scorer], prompt_tokens: int, file_bytes: int, kind: str
+) -> list[Share]:
+    """The shares of every role on a `kind` of device, and of the phase that takes most.
+
+    Args:
+        scorers: the reward model's members and, last, the judge.
+        prompt_tokens: of the longest prompt.
+        file_bytes: of the policy's weights.
+    """
+    model = shape_only(config, knobs.precision, kind)
     base = weights_bytes(model)
-    adapted = knobs.lora_layers or config.num_hidden_layers
     role = shape_role(model, knobs.lora_rank, knobs.lora_layers)
     trained = sum(parameter.numel() for parameter in role.trainable) * FLOAT_BYTES
-    tokens = max(prompt_tokens) + knobs.max_new_tokens
+    tokens = prompt_tokens + knobs.max_new_tokens
     samples = knobs.batch_prompts * knobs.samples_per_prompt
-    shares = [Share("process", "held before the models are loaded", held_bytes())]
+    shares = device_shares(kind)
     if knobs.lora_rank:
-        scorer = [adapter_bytes(folder) for folder in scorers]
+        scorer = [each.bytes for each in scorers]
         weights, value = trained, scorer[0]
         value_trained = value
         shares += [Share("reference", f"the base that all share, {knobs.precision}", base), Share("policy", "adapter", trained)]
-        shapes = [AdapterShape(knobs.lora_rank, 0, knobs.lora_layers), *(adapter_shape(f / ADAPTER_FOLDER) for f in scorers)]
+        shapes = [AdapterShape(knobs.lora_rank, 0, knobs.lora_layers), *(each.shape for each in scorers if each.shape)]
         if trunk_layers(config.num_hidden_layers, shapes):
             hidden = samples * tokens * config.hidden_size * dtype_of(knobs.precision).itemsize
             shares.append(Share("trunk", "what lies below the adapters, of every token", hidden))
@@ -83,18 +119,34 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
         Share("reward", "adapter" if knobs.lora_rank else "weights", sum(scorer[:-1])),
         Share("judge", "adapter" if knobs.lora_rank else "weights", scorer[-1]),
     ]
-    rows = min(samples, max(1, knobs.micro_batch_tokens // tokens))
-    in_micro_batch = min(max(knobs.micro_batch_tokens, tokens), samples * tokens)  # shorter rows fill it better than the longest
-    saved = saved_bytes(role, rows, tokens) * in_micro_batch // (rows * tokens)
-    one_layer = saved // adapted
-    if knobs.activation_checkpointing:  # each layer keeps its input, and one at a time is computed again
-        saved = one_layer + in_micro_batch * config.hidden_size * adapted * dtype_of(knobs.precision).itemsize
-    backward = int(saved * (1 + UNUSABLE)) + one_layer + 3 * LOGIT_BYTES
+    passes = Passes(samples, tokens, knobs.micro_batch_tokens, knobs.activation_checkpointing)
+    backward = pass_bytes(role, passes, kind, predicted=knobs.max_new_tokens)
     backward += max(trained, value_trained)  # the gradient of one role at a time
-    sampling = cache_bytes(config, knobs.precision, samples, tokens) * (config.num_hidden_layers + 1) // config.num_hidden_layers
+    layers = config.num_hidden_layers
+    prefill = cache_bytes(config, knobs.precision, knobs.batch_prompts, prompt_tokens) * (layers + 1) // layers
+    prefill_rows = min(knobs.batch_prompts, max(1, PREFILL_MICRO_BATCHES * knobs.micro_batch_tokens // prompt_tokens))
+    prefill += forward_bytes(role, prefill_rows, prompt_tokens)
+    sampling = cache_bytes(config, knobs.precision, samples, tokens) * (layers + 1) // layers
     sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64
-    phases = [Share("update", "gradient and activations", backward), Share("update", "cache of the rollout", sampling)]
-    if device().type == "cpu":  # the base's file is mapped while it is read, and most of the other shares are not there yet
+    phases = [Share("update", "gradient and activations", backward)]
+    if knobs.rollout_engine == "torch":
+        phases.append(Share("update", "cache of the rollout", sampling))
+        phases.append(Share("update", "the prompts' cache and one layer's activations", prefill))
+    if kind == "cpu":  # the base's file is mapped while it is read, and most of the other shares are not there yet
         later = sum(share.bytes for share in shares if share.role not in ("process", "reference"))
-        phases.append(Share("start", "weights in their file, beyond what comes later", weights_file_bytes(sft) - later))
+        phases.append(Share("start", "weights in their file, beyond what comes later", file_bytes - later))
     return [*shares, max(phases, key=lambda share: share.bytes)]
+
+
+def vllm_cache_bytes(knobs: Knobs, config: PretrainedConfig, tokens: int) -> int:
+    """Keys and values of all completions of an update, of `tokens` tokens with their prompts, in vLLM's blocks."""
+    rows = knobs.batch_prompts * knobs.samples_per_prompt
+    return cache_bytes(config, knobs.precision, rows, tokens + VLLM_BLOCK_TOKENS)
+
+
+def vllm_bytes(knobs: Knobs, config: PretrainedConfig, tokens: int) -> int:
+    """What vLLM takes beside this process: on a GPU the share that it may, on a CPU weights, cache and itself."""
+    if device().type == "cuda":
+        return int(knobs.vllm_memory_fraction * torch.cuda.get_device_properties(device()).total_memory)
+    weights = weights_bytes(shape_only(config, knobs.precision, "cpu"))
+    return VLLM_OWN_BYTES + weights + vllm_cache_bytes(knobs, config, tokens)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field, model_validator
 
+from components.ppo_finetune.engine import rollout_engine
 from components.ppo_finetune.memory import plan
 from components.ppo_finetune.pretraining import examples_of_update, read_texts, windows
 from components.ppo_finetune.prompts import read_prompts
@@ -26,6 +27,7 @@ from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optim
 from components.ppo_finetune.watch import check, keep_best, over_optimised
 from components.rlhf.activations import checkpoint_activations
 from components.rlhf.adapters import save_policy
+from components.rlhf.distributed import any_of, check_same
 from components.rlhf.memory import GIB, peak_bytes, release_free_memory, table
 from components.rlhf.models import context_tokens, member_folders
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
@@ -33,6 +35,7 @@ from components.rlhf.ppo import next_beta
 from components.rlhf.reward import Aggregation
 from components.rlhf.rollout import Completion
 from components.rlhf.tokens import Encoded
+from components.rlhf.vllm_sampler import VllmSampler
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
@@ -41,7 +44,10 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
-    RUNTIME_ONLY = frozenset({"activation_checkpointing", "micro_batch_tokens", "threads", "checkpoint_seconds"})
+    RUNTIME_ONLY = frozenset(
+        {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "threads", "checkpoint_seconds"}
+        | {"vllm_python", "vllm_memory_fraction", "vllm_sleep", "vllm_timeout_seconds"}
+    )
 
     updates: int = Field(50, ge=1)
     """PPO updates, each with fresh completions."""
@@ -125,8 +131,26 @@ class Config(Settings):
     """The last so many layers carry the adapter; 0: all. What lies below all adapters is computed once for all roles and passes."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights; in bfloat16, those that are trained (all, or adapters) are kept and stepped in float32 too."""
+    rollout_engine: Literal["torch", "vllm"] = "torch"
+    """What samples the completions: this process ("torch"), or vLLM as a process beside it ("vllm")."""
+    sampler_ratio_cap: float = Field(2.0, ge=0)
+    """Truncation of the importance weight, trainer over sampler, of a token that another engine than torch drew; 0: no weights."""
+    max_kl_sampler: float = Field(0.1, gt=0)
+    """KL per token from the engine that samples to the trainer, in nats, beyond which the run fails: they are not one policy."""
+    vllm_python: str = ""
+    """Interpreter that has vLLM, which needs other packages than this one; empty: this one."""
+    vllm_memory_fraction: float = Field(0.3, gt=0, lt=1)
+    """Share of the GPU's memory for vLLM's weights and cache; on a CPU its cache is as large as an update needs."""
+    vllm_sleep: bool = False
+    """On a GPU, vLLM gives its memory back between rollouts: its weights then lie in the host's memory."""
+    vllm_timeout_seconds: float = Field(900.0, gt=0)
+    """Longest that vLLM may take to start, or for the rollouts of one update, in seconds; then the stage ends for a retry."""
     seed: int = 0
     """Seed of the sampling; the order of the prompts has a stream of its own."""
+    processes: int = Field(1, ge=1)
+    """Processes on each node, one for each GPU: they share each step's work, and the result is the same within rounding."""
+    nodes: int = Field(1, ge=1)
+    """Nodes; with more than one the stage starts a Kubeflow TrainJob of so many pods and follows it."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 leaves its default."""
     checkpoint_seconds: float = Field(60.0, ge=0)
@@ -138,6 +162,8 @@ class Config(Settings):
             raise ValueError(f"{self.minibatches} minibatches of {self.batch_prompts * self.samples_per_prompt} completions")
         if self.value_epochs > self.epochs:
             raise ValueError(f"value_epochs {self.value_epochs} is more than epochs {self.epochs}")
+        if self.processes * self.nodes > self.batch_prompts:
+            raise ValueError(f"{self.processes * self.nodes} processes share {self.batch_prompts} prompts: some would have none")
         return self
 
 
@@ -168,9 +194,11 @@ class Progress:
         beta: the KL coefficient.
         history: what was logged, update by update.
         best: the policy's weights in the last update than which the judge liked no other better (`watch.keep_best`).
+        engine: that samples, where the policy does not itself; in no checkpoint, for it gets the weights anew at each rollout.
     """
 
-    def __init__(self, config: Config, roles: Roles) -> None:
+    def __init__(self, config: Config, roles: Roles, engine: VllmSampler | None = None) -> None:
+        self.engine = engine
         steps = config.updates * config.epochs * config.minibatches
         value_steps = config.updates * (config.value_epochs or config.epochs) * config.minibatches
         self.roles = roles
@@ -272,9 +300,10 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
             checkpoint_activations(role.backbone)
 
     # 2. Updates.
-    progress = Progress(config, roles)
     limit_tokens = min(config.pretraining_tokens, context_tokens(model_config))
-    why = train(config, progress, prompts, context, windows(roles.tokenizer, texts, limit_tokens))
+    with rollout_engine(config, roles, folders["sft"], prompts, context.scratch) as engine:
+        progress = Progress(config, roles, engine)
+        why = train(config, progress, prompts, context, windows(roles.tokenizer, texts, limit_tokens))
 
     peak_gib = peak_bytes() / GIB  # publishing takes memory of its own
     _log.info("memory: %.3f GiB at the peak", peak_gib)
@@ -332,6 +361,8 @@ def train(
         for row in progress.history:
             context.tracker.row(row, row["update"])
         _log.info("continuing after update %d", progress.update)
+    trained = [*progress.roles.policy.trainable, *progress.roles.value.trainable]
+    check_same("PPO", trained)
     order = data_order(len(prompts), (config.updates + 1) * config.batch_prompts, config.seed)
     steps = config.epochs * config.minibatches
     with context.deferred_stop() as stop:
@@ -347,9 +378,11 @@ def train(
                 _log.warning("the judge's penalised reward falls while the reward rises: stopped after update %d", update)
                 return "over_optimised"
             progress.update = min(update + 1, config.updates)
-            if update < config.updates and (stop.is_set() or checkpoints.due()):
+            stopping, due = any_of(stop.is_set(), checkpoints.due())
+            if update < config.updates and (stopping or due):
+                check_same("PPO", trained)
                 checkpoints.save(progress.state())
-            if stop.is_set():
+            if stopping:
                 context.leave()
     return "finished"
 
@@ -359,7 +392,7 @@ def one_update(
 ) -> list[Completion]:
     """Rolls out, measures, keeps the policy if it is the best so far and, unless it is the last, optimises; gives the answers."""
     watch = Stopwatch()
-    completions = roll_out(config, progress.roles, prompts, progress.sampling)
+    completions = roll_out(config, progress.roles, prompts, progress.sampling, progress.engine)
     watch.lap("rollout")
     experience = look_at(config, progress.roles, completions)
     watch.lap("score")

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from components.ppo_finetune.roles import Roles
 from components.rlhf import ppo
+from components.rlhf.distributed import processes, rank, summed, total
 from components.rlhf.likelihood import add_nll_gradient
+from components.rlhf.mismatch import Mismatch, mismatch, sampler_weights
 from components.rlhf.models import Role
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.reward import Aggregation, Centring, aggregate, batch_scores
-from components.rlhf.rollout import Completion, sample_tokens, to_completion, token_logprobs
+from components.rlhf.rollout import PREFILL_MICRO_BATCHES, Completion, sample_tokens, to_completion, token_logprobs
 from components.rlhf.tokens import Batch, Encoded, length_batches, right_pad
+from components.rlhf.vllm_sampler import SEEDS, VllmSampler
 
 POLICY_SUMS = ("policy_loss", "clip_fraction", "kl_old")
 
@@ -48,6 +51,8 @@ class Knobs(Protocol):
     value_coefficient: float
     whiten_rewards: bool
     max_kl_old: float
+    rollout_engine: Literal["torch", "vllm"]
+    sampler_ratio_cap: float
     pretraining_coefficient: float
 
 
@@ -63,8 +68,9 @@ class Experience(NamedTuple):
         logprobs_old_BT, logprobs_reference_BT: at the sampling temperature, 0 outside the completion.
         values_old_BT: value before each completion token, 0 elsewhere.
         entropy: mean over completion tokens, nats.
-        mismatch: largest difference between the sampler's log-probabilities and a fresh forward's, nats.
+        mismatch: of the sampler's log-probabilities and a fresh forward's, in nats.
         disagreement: of an ensemble, the mean over completions of the members' standard deviation, in deviations of the score.
+        sampler_weights_BT: of the tokens in the policy's loss, where another engine drew them (`rlhf.mismatch`).
     """
 
     completions: list[Completion]
@@ -75,8 +81,9 @@ class Experience(NamedTuple):
     logprobs_reference_BT: Tensor
     values_old_BT: Tensor
     entropy: float
-    mismatch: float
+    mismatch: Mismatch
     disagreement: float | None = None
+    sampler_weights_BT: Tensor | None = None
 
 
 class Optimisers(NamedTuple):
@@ -91,20 +98,63 @@ class MicroBatch(NamedTuple):
     part: Batch
 
 
-def roll_out(knobs: Knobs, roles: Roles, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> list[Completion]:
-    """`samples_per_prompt` completions of each prompt from the current policy, prompt by prompt."""
-    drawn = sample_tokens(
-        roles.policy,
-        prompts,
-        max_new_tokens=knobs.max_new_tokens,
-        temperature=knobs.temperature,
-        pad_id=roles.tokenizer.pad_token_id,
-        eos_id=roles.tokenizer.eos_token_id,
-        generator=generator,
-        samples=knobs.samples_per_prompt,
-    )
-    repeated = [prompt for prompt in prompts for _ in range(knobs.samples_per_prompt)]
+def roll_out(
+    knobs: Knobs,
+    roles: Roles,
+    prompts: Sequence[Sequence[int]],
+    generator: torch.Generator,
+    engine: VllmSampler | None = None,
+) -> list[Completion]:
+    """`samples_per_prompt` completions of each prompt from the current policy, prompt by prompt; from `engine` if there is one.
+
+    Each process samples every n-th prompt, and draws the numbers, or the engine's seeds, of all.
+    """
+    own = slice(rank(), None, processes())
+    samples = knobs.samples_per_prompt
+    drawn: list[tuple[list[int], Tensor]] = []
+    if engine is not None:
+        seeds = torch.randint(SEEDS, (len(prompts), samples), generator=generator)[own].flatten().tolist()
+        asked = [prompt for prompt in prompts[own] for _ in range(samples)]
+        drawn = engine(asked, seeds, max_new_tokens=knobs.max_new_tokens, temperature=knobs.temperature) if asked else []
+    elif prompts[own]:
+        drawn = sample_tokens(
+            roles.policy,
+            prompts[own],
+            max_new_tokens=knobs.max_new_tokens,
+            temperature=knobs.temperature,
+            pad_id=roles.tokenizer.pad_token_id,
+            eos_id=roles.tokenizer.eos_token_id,
+            generator=generator,
+            samples=samples,
+            among=(len(prompts), own),
+            prefill_tokens=PREFILL_MICRO_BATCHES * knobs.micro_batch_tokens,
+        )
+    if processes() > 1:
+        drawn = _of_all(knobs, drawn, len(prompts), generator if engine is None else None)
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
     return [to_completion(roles.tokenizer, prompt, *each) for prompt, each in zip(repeated, drawn, strict=True)]
+
+
+def _of_all(
+    knobs: Knobs, own: Sequence[tuple[list[int], Tensor]], prompts: int, generator: torch.Generator | None
+) -> list[tuple[list[int], Tensor]]:
+    """What all processes have sampled, prompt by prompt; the generator, if there is one, is left as if this one had sampled all."""
+    samples, budget = knobs.samples_per_prompt, knobs.max_new_tokens
+    ids, logprobs = torch.zeros((prompts, samples, budget), dtype=torch.long), torch.zeros((prompts, samples, budget))
+    lengths = torch.zeros((prompts, samples), dtype=torch.long)
+    for number, (tokens, values) in enumerate(own):
+        prompt, sample = rank() + number // samples * processes(), number % samples
+        ids[prompt, sample, : len(tokens)] = torch.tensor(tokens)
+        logprobs[prompt, sample, : len(tokens)] = values
+        lengths[prompt, sample] = len(tokens)
+    for each in (ids, logprobs, lengths):
+        summed(each)
+    for _ in range(int(lengths.max()) - max((len(tokens) for tokens, _ in own), default=0) if generator else 0):
+        torch.rand(prompts * samples, generator=generator, dtype=torch.float64)
+    return [
+        (row_ids[:length].tolist(), row_logprobs[:length].clone())
+        for row_ids, row_logprobs, length in zip(ids.flatten(0, 1), logprobs.flatten(0, 1), lengths.flatten().tolist(), strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -118,15 +168,15 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     batch = right_pad(prompts, answers, pad_id).to(device)
     if roles.trunk is not None:
         trunk = roles.trunk
-        (trunk_BTD,) = _over_rows(knobs, closed, lambda part: (trunk(part.ids_BT),))
+        (trunk_BTD,) = _own_rows(knobs, closed, lambda part: (trunk(part.ids_BT),))
         closed = closed._replace(trunk_BTD=trunk_BTD)
         batch = batch._replace(trunk_BTD=trunk_BTD[:, : batch.ids_BT.shape[1]])  # an EOS behind changes nothing in front
 
     def scored(role: Role, centring: Centring) -> Tensor:
-        raw_B = torch.empty(len(completions))
+        raw_B = torch.zeros(len(completions))
         for rows_B, part in _micro_rows(closed, range(len(completions)), knobs.micro_batch_tokens):
             raw_B[rows_B.cpu()] = batch_scores(role, part).cpu()
-        return centring(raw_B)
+        return centring(summed(raw_B))
 
     def kept(scores_B: Tensor) -> Tensor:
         kept_B = ended_B | (knobs.cut_completions == "scored")
@@ -142,7 +192,9 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     logprobs_old_BT, entropy_BT = _over_rows(knobs, batch, lambda part: forward(roles.policy, part))
     logprobs_reference_BT, _ = _over_rows(knobs, batch, lambda part: forward(roles.reference, part))
     (values_old_BT,) = _over_rows(knobs, batch, lambda part: (token_values(roles.value, part),))
-    sampled_N = torch.cat([c.logprobs for c in completions]).to(device)
+    mask_BT = batch.completion_mask_BT
+    sampled_BT = torch.zeros_like(logprobs_old_BT).masked_scatter(mask_BT, torch.cat([c.logprobs for c in completions]).to(device))
+    corrected = knobs.rollout_engine != "torch" and knobs.sampler_ratio_cap > 0
     return Experience(
         completions,
         batch,
@@ -151,9 +203,10 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
         logprobs_old_BT,
         logprobs_reference_BT,
         values_old_BT,
-        float(ppo.masked_mean(entropy_BT, batch.completion_mask_BT)),
-        float((logprobs_old_BT[batch.completion_mask_BT] - sampled_N).abs().max()),
+        float(ppo.masked_mean(entropy_BT, mask_BT)),
+        mismatch(logprobs_old_BT, sampled_BT, mask_BT),
         float(members_MB.std(0, correction=0).mean()) if len(roles.members) > 1 else None,
+        sampler_weights(logprobs_old_BT, sampled_BT, mask_BT, knobs.sampler_ratio_cap) if corrected else None,
     )
 
 
@@ -235,7 +288,7 @@ def add_policy_gradient(
     knobs: Knobs, roles: Roles, experience: Experience, advantages_BT: Tensor, micro: Sequence[MicroBatch]
 ) -> dict[str, float]:
     """Adds the gradient of one minibatch's clipped surrogate to the policy; gives what is logged of it, token means."""
-    tokens = sum(int(part.completion_mask_BT.sum()) for _, part in micro)  # whatever the micro-batches
+    (tokens,) = total(sum(int(part.completion_mask_BT.sum()) for _, part in micro))  # whatever the micro-batches and processes
     sums = dict.fromkeys(POLICY_SUMS, 0.0)
     for rows_B, part in micro:
         cut = part.ids_BT.shape[1]
@@ -246,19 +299,20 @@ def add_policy_gradient(
             advantages_BT[rows_B, :cut],
             part.completion_mask_BT,
             knobs.clip,
+            None if experience.sampler_weights_BT is None else experience.sampler_weights_BT[rows_B, :cut],
         )
         (loss.total / tokens).backward()
         sums["policy_loss"] += loss.total.item() / tokens
         sums["clip_fraction"] += loss.clipped.item() / tokens
         sums["kl_old"] += loss.kl_old.item() / tokens
-    return sums
+    return dict(zip(sums, total(*sums.values()), strict=True))
 
 
 def add_value_gradient(
     knobs: Knobs, roles: Roles, experience: Experience, returns_BT: Tensor, micro: Sequence[MicroBatch]
 ) -> dict[str, float]:
     """Adds the gradient of one minibatch's clipped value loss; apart from the policy's, so that one gradient is held at a time."""
-    tokens = sum(int(part.completion_mask_BT.sum()) for _, part in micro)
+    (tokens,) = total(sum(int(part.completion_mask_BT.sum()) for _, part in micro))
     sums = {"value_loss": 0.0, "value_clip_fraction": 0.0}
     for rows_B, part in micro:
         cut = part.ids_BT.shape[1]
@@ -272,7 +326,7 @@ def add_value_gradient(
         (knobs.value_coefficient * loss.total / tokens).backward()
         sums["value_loss"] += loss.total.item() / tokens
         sums["value_clip_fraction"] += loss.clipped.item() / tokens
-    return sums
+    return dict(zip(sums, total(*sums.values()), strict=True))
 
 
 def statistics(experience: Experience) -> dict[str, float]:
@@ -292,7 +346,9 @@ def statistics(experience: Experience) -> dict[str, float]:
         "completion_tokens": float(mask_BT.sum(1).float().mean()),
         "eos_fraction": sum(c.ended for c in experience.completions) / len(texts),
         "same_answer_fraction": most / len(texts),
-        "logprob_mismatch": experience.mismatch,
+        "logprob_mismatch": experience.mismatch.largest,
+        "logprob_mismatch_mean": experience.mismatch.mean,
+        "kl_sampler": experience.mismatch.kl,
         **({} if experience.disagreement is None else {"reward_disagreement": experience.disagreement}),
     }
 
@@ -317,7 +373,11 @@ def _shares(examples: Sequence[Encoded], parts: int) -> list[Sequence[Encoded]]:
 
 
 def _micro_rows(batch: Batch, rows: Sequence[int], max_tokens: int) -> list[MicroBatch]:
-    """Length-sorted groups of rows, each cut to its longest; as (row indices, their part of the batch)."""
+    """Length-sorted groups of rows, each cut to its longest; as (row indices, their part of the batch).
+
+    Of several processes each has every n-th row of an update, always the same: of these it holds what the trunk makes.
+    """
+    rows = [row for row in rows if row % processes() == rank()]
     lengths = batch.attention_BT.sum(1).tolist()
     groups = length_batches([lengths[row] for row in rows], max_tokens)
     result = []
@@ -329,7 +389,12 @@ def _micro_rows(batch: Batch, rows: Sequence[int], max_tokens: int) -> list[Micr
 
 
 def _over_rows(knobs: Knobs, batch: Batch, look: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
-    """Applies `look` to micro-batches and puts the [b, t, ...] results together as [B, T, ...]."""
+    """Applies `look` to micro-batches of all processes and puts the [b, t, ...] results together as [B, T, ...]."""
+    return [summed(values) for values in _own_rows(knobs, batch, look)]
+
+
+def _own_rows(knobs: Knobs, batch: Batch, look: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
+    """As `_over_rows`; rows of other processes are 0."""
     results: list[Tensor] = []
     for rows_B, part in _micro_rows(batch, range(len(batch.ids_BT)), knobs.micro_batch_tokens):
         for number, values in enumerate(look(part)):

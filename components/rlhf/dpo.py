@@ -89,7 +89,7 @@ def group_logprobs(role: Role, group: Sequence[EncodedRanking], pad_id: int) -> 
         batch = right_pad(prompts, completions, pad_id).to(role.device)
         return token_logprobs(role, batch, temperature=1.0, pad_id=pad_id)[0].sum(1)
 
-    return over_rows(group, logprobs)
+    return over_rows(role, group, logprobs)
 
 
 def _joined_logprobs(role: Role, group: Sequence[EncodedRanking], pad_id: int) -> Tensor:

@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from components.rlhf import sharding
 from components.rlhf.attention import use_short_rows
+from components.rlhf.distributed import rank
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,9 +36,11 @@ class Role:
         head: [N, D] -> logits [N, V] of a policy, or scores [N, 1].
         trainable: what an optimiser may change; empty for a frozen role.
         upper: the backbone without its trunk, where the role shares one (`rlhf.trunk`).
+        divided: whether its layers are divided over the processes (`rlhf.sharding`).
     """
 
     upper: nn.Module | None = None
+    divided = False
 
     def __init__(
         self, backbone: nn.Module, head: nn.Module, trainable: list[nn.Parameter], activate: Callable[[], None] | None = None
@@ -173,7 +177,9 @@ def _load_whole(auto_class: Any, folder: Path | str, precision: Precision) -> Pr
     return cast("PreTrainedModel", model)
 
 
-def new_scorer(policy_folder: Path | str, seed: int, precision: Precision = "float32") -> PreTrainedModel:
+def new_scorer(
+    policy_folder: Path | str, seed: int, precision: Precision = "float32", place: torch.device | None = None
+) -> PreTrainedModel:
     """A reward model that starts from a policy: its backbone, and a head drawn from N(0, 1/sqrt(d+1)) without bias.
 
     The deviation is 1/sqrt(d+1), as in Stiennon 2020's code; the paper's text lost the root (Huang 2024, detail 8).
@@ -184,7 +190,7 @@ def new_scorer(policy_folder: Path | str, seed: int, precision: Precision = "flo
         policy_folder, num_labels=1, dtype=dtype_of(precision), use_safetensors=True
     )
     init_head(model.score, seed)
-    return _ready(model)
+    return _ready(model, place)
 
 
 def _ready(model: PreTrainedModel, place: torch.device | None = None) -> PreTrainedModel:
@@ -192,6 +198,8 @@ def _ready(model: PreTrainedModel, place: torch.device | None = None) -> PreTrai
     model = model.to(place or device()).eval()
     if model.device.type == "cpu":
         use_short_rows(model)
+    elif model.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each shape, and a rollout's steps all differ in theirs
     return model
 
 
@@ -245,7 +253,14 @@ def scorer_role(model: PreTrainedModel, trainable: bool = False) -> Role:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A plain Hugging Face folder: safetensors, tokenizer, chat template. Loads with any `AutoModel`."""
-    model.save_pretrained(folder, safe_serialization=True)
+    """A plain Hugging Face folder: safetensors, tokenizer, chat template. Loads with any `AutoModel`.
+
+    Of several processes the first one writes it; the folder is there in all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = sharding.whole(model.state_dict()) if sharding.divided(list(model.parameters())) else None
+    if rank() != 0:
+        return
+    model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)

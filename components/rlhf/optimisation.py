@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from components.rlhf import sharding
+from components.rlhf.distributed import sum_gradients
 from components.rlhf.ppo import learning_rate_factor
 
 ADAM_EPSILON = 1e-5  # as the original RLHF code; 1e-8 makes early steps larger (Huang 2024, detail 18)
@@ -47,7 +49,10 @@ class Optimiser:
             {"params": [p for p in self._copies if p.dim() > 1], "weight_decay": weight_decay},
             {"params": [p for p in self._copies if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=ADAM_EPSILON)
+        one_by_one = False if sharding.divided(self._copies) else None  # a divided and a whole one fit into no common kernel
+        self._adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=ADAM_EPSILON, foreach=one_by_one
+        )
         self._peak, self._steps, self._clip_norm = learning_rate, steps, clip_norm
         self._warmup = max(1, round(warmup_fraction * steps))
         self.taken = 0
@@ -58,8 +63,9 @@ class Optimiser:
         return self._peak * learning_rate_factor(self.taken, self._steps, self._warmup)
 
     def step(self) -> float:
-        """Applies the gradients that have been accumulated, clears them, and gives their norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self._copies, self._clip_norm)
+        """Applies the gradients that have been accumulated, by all processes, clears them, and gives their norm before clipping."""
+        sum_gradients(self._copies)
+        norm = sharding.clip_gradients(self._copies, self._clip_norm)
         for group in self._adamw.param_groups:
             group["lr"] = self.learning_rate
         self._adamw.step()
@@ -80,12 +86,14 @@ class Optimiser:
 
     def state(self) -> dict[str, Any]:
         copies = [copy.detach() for _, copy in self._copied()]
-        return {"adamw": self._adamw.state_dict()["state"], "taken": self.taken, "copies": copies}
+        return {"adamw": sharding.whole(self._adamw.state_dict()["state"]), "taken": self.taken, "copies": copies}
 
     def load(self, state: dict[str, Any]) -> None:
         """Puts back what `state` gave; of the parameters themselves it changes nothing (`load_weights` does)."""
         load_weights([copy for _, copy in self._copied()], state["copies"])
-        self._adamw.load_state_dict({"state": state["adamw"], "param_groups": self._adamw.state_dict()["param_groups"]})
+        parameters = [p for g in self._adamw.param_groups for p in g["params"]]  # as AdamW numbers them
+        moments = {number: sharding.divide_like(parameters[number], each) for number, each in state["adamw"].items()}
+        self._adamw.load_state_dict({"state": moments, "param_groups": self._adamw.state_dict()["param_groups"]})
         self.taken = state["taken"]
 
 
@@ -114,12 +122,12 @@ def data_order(examples: int, draws: int, seed: int) -> list[int]:
 
 
 def weights_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """What a checkpoint keeps of the parameters, in their order."""
-    return [p.detach() for p in parameters]
+    """What a checkpoint keeps of the parameters, in their order; of divided ones all of it, in the first process."""
+    return [sharding.whole(p.detach()) for p in parameters]
 
 
 def load_weights(parameters: Sequence[nn.Parameter], weights: Sequence[Tensor]) -> None:
     """Puts back what `weights_of` gave."""
     with torch.no_grad():
         for parameter, saved in zip(parameters, weights, strict=True):
-            parameter.copy_(saved)
+            parameter.copy_(sharding.divide_like(parameter, saved))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from components.rlhf.distributed import passes, summed
 from components.rlhf.models import Role
 from components.rlhf.records import Message, Ranking, prompt_key
 from components.rlhf.reward import ranking_scores, sequence_scores, sharing_pays, sharing_works
@@ -117,19 +118,43 @@ def group_scores(role: Role, group: Sequence[EncodedRanking], pad_id: int) -> Te
     """Raw scores [N] of the completions of a group that `pack` made, ranking by ranking."""
     if group[0].joined:
         return ranking_scores(role, [each.prompts[0] for each in group], [each.completions for each in group], pad_id)
-    return over_rows(group, lambda prompts, completions: sequence_scores(role, prompts, completions, pad_id))
+    return over_rows(role, group, lambda prompts, completions: sequence_scores(role, prompts, completions, pad_id))
 
 
-def over_rows(group: Sequence[EncodedRanking], look: Callable[[list[list[int]], list[list[int]]], Tensor]) -> Tensor:
+def over_rows(role: Role, group: Sequence[EncodedRanking], look: Callable[[list[list[int]], list[list[int]]], Tensor]) -> Tensor:
     """What `look` gives [n] of prompts and completions, for all N completions of a group with a row each, ranking by ranking.
 
-    Among many completions of one prompt some are far longer than the others, so rows of similar length are looked at together.
+    Among many completions of one prompt some are far longer than the others, so rows of similar length are looked at together. Of a
+    role that is divided over processes all are: a group is one forward pass there, or the processes would not make equally many.
     """
     prompts = [prompt for each in group for prompt in each.prompts]
     completions = [completion for each in group for completion in each.completions]
+    if role.divided:
+        return look(prompts, completions)
     parts = tight_batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
     found_N = torch.cat([look([prompts[i] for i in part], [completions[i] for i in part]) for part in parts])
     return found_N[torch.tensor([row for part in parts for row in part]).argsort()]
+
+
+@torch.no_grad()
+def over_processes(
+    role: Role, rankings: Sequence[EncodedRanking], max_tokens: int, look: Callable[[Sequence[EncodedRanking]], Tensor]
+) -> list[Tensor]:
+    """What `look` gives [N] of a group's completions, for all rankings: float32 [K] each, on the CPU. Processes share the work."""
+    different = list({id(each): each for each in rankings}.values())
+    first, end = {}, 0  # where a ranking's completions are among all
+    for each in different:
+        first[id(each)] = end
+        end += len(each.completions)
+    found_N = torch.zeros(end)
+    costs = [each.rows * each.row_tokens for each in different]
+    for group, counts in passes(different, costs, lambda own: pack(own, max_tokens), role.divided):
+        values = look(group).float().cpu()
+        if counts:
+            for each, part_K in zip(group, values.split([len(r.completions) for r in group]), strict=True):
+                found_N[first[id(each)] : first[id(each)] + len(part_K)] = part_K
+    summed(found_N)
+    return [found_N[first[id(each)] : first[id(each)] + len(each.completions)] for each in rankings]
 
 
 def pack(rankings: Sequence[EncodedRanking], max_tokens: int) -> list[list[EncodedRanking]]:

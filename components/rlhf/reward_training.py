@@ -19,10 +19,12 @@ import torch
 from components.rlhf.accuracy_report import ScoredRanking
 from components.rlhf.activations import checkpoint_activations
 from components.rlhf.adapters import adapter_role, add_adapter
-from components.rlhf.models import Precision, Role, new_scorer, scorer_role
+from components.rlhf.distributed import any_of, check_same, passes, total
+from components.rlhf.models import Precision, Role, device, new_scorer, scorer_role
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
-from components.rlhf.rankings import EncodedRanking, group_scores, join_where_it_pays, pack
+from components.rlhf.rankings import EncodedRanking, group_scores, join_where_it_pays, over_processes, pack
 from components.rlhf.reward import Ties, ranking_loss
+from components.rlhf.sharding import divide_layers
 from components.services.exits import DoNotRetry
 
 if TYPE_CHECKING:
@@ -50,11 +52,12 @@ class Recipe(NamedTuple):
     lora_alpha: int
     lora_layers: int
     precision: Precision
+    shard: bool = False
 
 
 def recipe_of(settings: Mapping[str, Any]) -> Recipe:
     """The recipe among the settings of train_reward_model."""
-    return Recipe(**{name: settings[name] for name in Recipe._fields})
+    return Recipe(**{name: settings[name] for name in Recipe._fields if name in settings})
 
 
 class Outside(Protocol):
@@ -80,7 +83,7 @@ class Kept(Protocol):
 
 def new_role(recipe: Recipe, seed: int, policy: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, Role]:
     """A reward model that has learned nothing yet, and its trainable role."""
-    model = new_scorer(policy, seed, recipe.precision)
+    model = new_scorer(policy, seed, recipe.precision, torch.device("cpu") if recipe.shard else None)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.score.float()
     if recipe.lora_rank:
@@ -92,6 +95,8 @@ def new_role(recipe: Recipe, seed: int, policy: Path, tokenizer: PreTrainedToken
         role = scorer_role(model, trainable=True)
     if recipe.activation_checkpointing:
         checkpoint_activations(role.backbone)
+    if recipe.shard:
+        divide_layers(role, device())
     return model, role
 
 
@@ -156,6 +161,7 @@ def train_loop(
         history = saved["history"]
         for row in history:
             outside.tracker.row(row, int(row["step"]), f"{name}_")
+    check_same(name, role.trainable)
     order = data_order(len(rankings), steps * recipe.batch_rankings, seed)
     with outside.deferred_stop() as stop:
         for step in outside.progress.track(range(len(history), steps), steps, f"{name} steps", start=len(history)):
@@ -167,9 +173,11 @@ def train_loop(
             norm = optimiser.step()
             history.append({"step": step, "loss": loss, "accuracy": accuracy, "gradient_norm": norm, "learning_rate": rate})
             outside.tracker.row(history[-1], step, f"{name}_")
-            if stop.is_set() or kept.due():  # after the last step too: another training may follow, and be killed
+            stopping, due = any_of(stop.is_set(), kept.due())
+            if stopping or due:  # after the last step too: another training may follow, and be killed
+                check_same(name, role.trainable)
                 kept.save({"weights": weights_of(role.trainable), "optimiser": optimiser.state(), "history": history})
-            if stop.is_set():
+            if stopping:
                 outside.leave()
     return history
 
@@ -183,7 +191,8 @@ def accumulate(recipe: Recipe, role: Role, rankings: Sequence[EncodedRanking], p
     total_weight = sum(weights)
     weight_of = {id(each): weight for each, weight in zip(rankings, weights, strict=True)}
     loss_sum = right = pairs = 0.0
-    for group in pack(rankings, recipe.micro_batch_tokens):
+    costs = [each.rows * each.row_tokens for each in rankings]
+    for group, counts in passes(rankings, costs, lambda own: pack(own, recipe.micro_batch_tokens), role.divided):
         group_weights = [weight_of[id(each)] for each in group]
         scores_N = group_scores(role, group, pad_id)
         loss = ranking_loss(
@@ -195,23 +204,23 @@ def accumulate(recipe: Recipe, role: Role, rankings: Sequence[EncodedRanking], p
             label_smoothing=recipe.label_smoothing,
             centring=recipe.centring,
         )
-        share = loss * (sum(group_weights) / total_weight)
+        share = loss * (counts * sum(group_weights) / total_weight)
         share.backward()
         loss_sum += share.item()
+        if not counts:
+            continue
         values, first = scores_N.tolist(), 0
         for each in group:
             for better, worse in each.ranking.pairs():
                 right += values[first + better] > values[first + worse]
                 pairs += 1
             first += len(each.completions)
+    loss_sum, right, pairs = total(loss_sum, right, pairs)
     return loss_sum, right / pairs if pairs else 0.5
 
 
 @torch.no_grad()
 def scores_of(role: Role, rankings: Sequence[EncodedRanking], pad_id: int, max_tokens: int) -> list[list[float]]:
     """Raw scores of every completion, ranking by ranking."""
-    found: dict[int, list[float]] = {}
-    for group in pack(rankings, max_tokens):
-        flat = iter(group_scores(role, group, pad_id).tolist())
-        found |= {id(each): [next(flat) for _ in each.completions] for each in group}
-    return [found[id(each)] for each in rankings]
+    found = over_processes(role, rankings, max_tokens, lambda group: group_scores(role, group, pad_id))
+    return [scores_K.tolist() for scores_K in found]

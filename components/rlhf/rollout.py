@@ -19,9 +19,10 @@ from components.rlhf.records import Message
 from components.rlhf.tokens import Batch, encode_prompt, left_pad, length_batches, right_pad
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOGIT_BYTES = 24 * 2**20  # vocabulary-sized work is cut into chunks; beyond 32 MiB each would be fetched anew, page by page
+PREFILL_MICRO_BATCHES = 4  # in one piece of a prefill: without gradients it holds one layer's activations where training holds all
 NEVER = -1e30  # logit of the pad token, which is never an answer; finite, for 0 times infinity is not a number
 
 
@@ -54,19 +55,25 @@ def sample_tokens(
     eos_id: int,
     generator: torch.Generator,
     samples: int = 1,
+    among: tuple[int, slice] | None = None,
+    prefill_tokens: int = 0,
 ) -> list[tuple[list[int], Tensor]]:
     """Samples `samples` completions per prompt, all in one batch; gives (token ids, log-probabilities), prompt by prompt.
 
     A prompt is computed once for its samples. One uniform number per row and step is drawn for the whole batch, finished or not, so
     that what a row draws does not depend on when the others end. Rows that ended leave the batch.
+
+    Args:
+        among: these prompts are `among[1]` of so many; numbers are drawn for all, so that a row draws what it would among them.
+        prefill_tokens: the prompts are read in groups of rows of at most so many tokens (one row at least), which changes nothing
+            but memory; 0: all at once.
     """
     from transformers import DynamicCache
 
     role.activate()
     device = role.device
-    cache = DynamicCache()
 
-    def forward(inputs_BT: Tensor, attention_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    def forward(cache: DynamicCache, inputs_BT: Tensor, attention_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Hidden states [B, D] of the last tokens."""
         hidden_BTD: Tensor = role.backbone(
             input_ids=inputs_BT,
@@ -78,17 +85,24 @@ def sample_tokens(
         return hidden_BTD[:, -1]
 
     ids_BT, attention_BT = (each.to(device) for each in left_pad(prompts, pad_id))
-    hidden_BD = forward(ids_BT, attention_BT, (attention_BT.cumsum(1) - 1).clamp(min=0))
+    positions_BT = (attention_BT.cumsum(1) - 1).clamp(min=0)
+    size = max(1, prefill_tokens // ids_BT.shape[1]) if prefill_tokens else len(ids_BT)
+    caches, last = [], []
+    for piece in zip(*(each.split(size) for each in (ids_BT, attention_BT, positions_BT)), strict=True):
+        caches.append(DynamicCache())
+        last.append(forward(caches[-1], *piece))
+    cache, hidden_BD = _one_cache(caches), torch.cat(last)
     if samples > 1:
         cache.batch_repeat_interleave(samples)
         hidden_BD, attention_BT = (each.repeat_interleave(samples, 0) for each in (hidden_BD, attention_BT))
     rows = len(hidden_BD)
+    whole, own = (rows, slice(None)) if among is None else (among[0] * samples, among[1])
     position_B = attention_BT.sum(1) - 1
     rows_B = torch.arange(rows, device=device)
     tokens: list[list[int]] = [[] for _ in range(rows)]
     logprobs: list[list[float]] = [[] for _ in range(rows)]
     for step in range(1, max_new_tokens + 1):
-        uniform = torch.rand(rows, generator=generator, dtype=torch.float64).to(device)
+        uniform = torch.rand(whole, generator=generator, dtype=torch.float64).view(-1, samples)[own].flatten().to(device)
         logprobs_BV = torch.log_softmax(_scaled_logits(hidden_BD, role.head.weight, role.head.bias, temperature, pad_id), -1)
         cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
         drawn_B1 = uniform[rows_B, None] * cumulative_BV[:, -1:]
@@ -105,8 +119,23 @@ def sample_tokens(
             rows_B, next_B, position_B, attention_BT = (each[active] for each in (rows_B, next_B, position_B, attention_BT))
         position_B = position_B + 1
         attention_BT = torch.cat([attention_BT, attention_BT.new_ones(len(active), 1)], 1)
-        hidden_BD = forward(next_B[:, None], attention_BT, position_B[:, None])
+        hidden_BD = forward(cache, next_B[:, None], attention_BT, position_B[:, None])
     return [(ids, torch.tensor(values)) for ids, values in zip(tokens, logprobs, strict=True)]
+
+
+def _one_cache(caches: list[DynamicCache]) -> DynamicCache:
+    """The rows of all of them; they give up what they hold, layer by layer."""
+    from transformers import DynamicCache
+
+    if len(caches) == 1:
+        return caches[0]
+    whole = DynamicCache()
+    for number in range(len(caches[0])):
+        layers = [each.layers[number] for each in caches]
+        whole.update(torch.cat([each.keys for each in layers]), torch.cat([each.values for each in layers]), number)
+        for each in layers:
+            each.keys = each.values = None
+    return whole
 
 
 def to_completion(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: list[int], logprobs: Tensor) -> Completion:

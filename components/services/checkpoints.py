@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from components.rlhf import checkpoint
+from components.rlhf.distributed import rank
 from components.services.launch import Context
 
 
@@ -38,10 +39,14 @@ class Checkpoints:
         return time.monotonic() - self._saved >= self._seconds
 
     def save(self, state: Any) -> None:
-        """Replaces the checkpoint; a reader sees the old one or the new one, never a part."""
-        checkpoint.save(state, str(self._file))
-        self._storage.upload_file(self._file, self._uri)
-        self._file.unlink()
+        """Replaces the checkpoint; a reader sees the old one or the new one, never a part.
+
+        Of several processes the first writes it.
+        """
+        if rank() == 0:
+            checkpoint.save(state, str(self._file))
+            self._storage.upload_file(self._file, self._uri)
+            self._file.unlink()
         self._saved = time.monotonic()
 
     def clear(self) -> None:

@@ -5,7 +5,7 @@ and `run(config, inputs, context) -> Outputs`. The launcher builds the first two
 anything else happens), opens the stage's MLflow run, and turns the way it ends into an exit code:
 
     0    done
-    65   do not retry (`DoNotRetry`)
+    65   do not retry (`DoNotRetry`); a retry of the same pipeline run ends at once with the same reason
     75   retry (`Retry`, SIGTERM, disk full)
     130  SIGINT
 
@@ -36,8 +36,11 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from components.services.exits import EXIT_INTERRUPTED, DoNotRetry, Retry, StageFailure
+from components.services.exits import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED, DoNotRetry, Retry, StageFailure
+from components.services.final_failure import FinalFailure
 from components.services.progress import Progress
+from components.services.run_tree import join_run_tree
+from components.services.stop import announce, withdraw
 from components.services.storage import MARKER, Storage, join
 from components.services.tracking import Tracker
 
@@ -234,16 +237,21 @@ def launch(
     context: Context | None = None
     started = time.monotonic()
     progress.event("start")
+    asked = json_digest([stage, dict(config), dict(inputs), code_digest()])[:32]  # known even where the settings are wrong
+    final = FinalFailure(os.environ.get(STORAGE_VARIABLE, ""), stage, asked)
     try:
+        final.check()
         module = importlib.import_module(f"components.{stage}.stage")
         parsed_config = parse_settings(module.Config, config, stage)
         parsed_inputs = parse_settings(module.Inputs, inputs, stage)
         context = Context(stage, parsed_config, parsed_inputs, scratch)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, context.on_signal)
+        announce()
+        join_run_tree(context.storage, context.root)
         context.tracker.start(context.config, context.inputs)
         ready = time.monotonic()
-        outputs: tuple[Any, ...] = module.run(parsed_config, parsed_inputs, context)
+        outputs: tuple[Any, ...] = _run(module, parsed_config, parsed_inputs, context)
         # A name of its own, because a stage's series may have the same names.
         context.tracker.metrics({f"summary/{k}": v for k, v in context.summary.items() if isinstance(v, (int, float))})
         context.tracker.finish("FINISHED")
@@ -271,9 +279,19 @@ def launch(
         )
         return outputs
     except BaseException as error:
-        _fail(stage, error, context, progress)
+        _fail(stage, error, context, progress, final)
     finally:
+        withdraw()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(module: types.ModuleType, config: Settings, inputs: Settings, context: Context) -> Any:
+    """Runs the stage: here, or in as many processes as its config asks for."""
+    if getattr(config, "processes", 1) * getattr(config, "nodes", 1) == 1:
+        return module.run(config, inputs, context)
+    from components.services.processes import run_together
+
+    return run_together(module, config, inputs, context)
 
 
 def _set_caches() -> None:
@@ -299,27 +317,20 @@ def _set_waiting() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def _fail(stage: str, error: BaseException, context: Context | None, progress: Progress) -> NoReturn:
+def _fail(stage: str, error: BaseException, context: Context | None, progress: Progress, final: FinalFailure) -> NoReturn:
     """Records why the stage failed wherever somebody may look, and exits."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not cut the clean-up
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = error.filename or tempfile.gettempdir()
-        error = Retry(f"no space left on device: {where}", "free disk space (TMPDIR moves the scratch folder), then run again")
     if isinstance(error, SystemExit):
         raise error
-    if isinstance(error, StageFailure):
-        code, message = error.exit_code, str(error)
-    elif isinstance(error, KeyboardInterrupt):
-        code, message = EXIT_INTERRUPTED, "interrupted"
-    else:
-        _log.error("unexpected failure", exc_info=error)
-        code, message = 1, f"{type(error).__name__}: {error}"
+    code, message = code_and_message(error)
+    if code == EXIT_DO_NOT_RETRY:
+        final.keep(message)
     if context is not None:
         try:
-            context.tracker.tags({"rankloop.failure": message[:5000], "rankloop.exit_code": str(code)})
-            context.tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            context.tracker.finish(status, {"rankloop.failure": message[:5000], "rankloop.exit_code": str(code)})
         except StageFailure as unreachable:
             _log.warning("the failure could not be recorded in MLflow: %s", unreachable.message)
     record = json.dumps({"stage": stage, "exit_code": code, "message": message})
@@ -331,6 +342,19 @@ def _fail(stage: str, error: BaseException, context: Context | None, progress: P
     progress.event("failed", exit_code=code, message=message)
     print(f"{stage} failed: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def code_and_message(error: BaseException) -> tuple[int, str]:
+    """The exit code of a failure and what a person is told; one that nobody foresaw is logged with its traceback."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or tempfile.gettempdir()
+        error = Retry(f"no space left on device: {where}", "free disk space (TMPDIR moves the scratch folder), then run again")
+    if isinstance(error, StageFailure):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    _log.error("unexpected failure", exc_info=error)
+    return 1, f"{type(error).__name__}: {error}"
 
 
 def main(stage: str) -> None:

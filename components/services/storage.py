@@ -41,6 +41,7 @@ MARKER = "rankloop.json"  # written last; a folder is complete when it is there
 FILES = "sha256"  # the marker's key of the digests: {name of a file below the folder: SHA-256 of its bytes}
 
 _NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
+_SKEWED = {"RequestTimeTooSkewed", "RequestExpired"}
 _FORBIDDEN = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 
 
@@ -107,6 +108,11 @@ class Storage:
             if code == "NoSuchBucket":
                 raise DoNotRetry(
                     f"bucket {split_uri(uri)[0]!r} of {uri} does not exist", "create it, or correct the URI"
+                ) from error
+            if code in _SKEWED:
+                raise Retry(
+                    f"S3 refuses {uri}: this machine's clock and the store's are too far apart ({code})",
+                    "set the clock (NTP) of the node that ran this, or of the store",
                 ) from error
             if code in _FORBIDDEN or status == 403:
                 raise DoNotRetry(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.rlhf.accuracy_report import ScoredRanking
 from components.rlhf.models import context_tokens, load_policy
@@ -37,7 +37,9 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
-    RUNTIME_ONLY = frozenset({"activation_checkpointing", "micro_batch_tokens", "threads", "checkpoint_seconds"})
+    RUNTIME_ONLY = frozenset(
+        {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "shard", "threads", "checkpoint_seconds"}
+    )
 
     judge_fraction: float = Field(0.5, gt=0, lt=1)
     """Share of the prompts whose rankings teach the judge instead of the reward model."""
@@ -81,10 +83,22 @@ class Config(Settings):
     """Type of the weights; in bfloat16, those that are trained (all, or adapters) are kept and stepped in float32 too."""
     seed: int = 0
     """Seed of the head, the adapter and the order of the rankings; the judge's is one higher, further members' follow."""
+    processes: int = Field(1, ge=1)
+    """Processes on each node, one for each GPU: they share each step's work, and the result is the same within rounding."""
+    nodes: int = Field(1, ge=1)
+    """Nodes; with more than one the stage starts a Kubeflow TrainJob of so many pods and follows it."""
+    shard: bool = False
+    """Divide weights, gradients and moments of the layers over the processes (FSDP2): for models that one GPU cannot hold."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 leaves its default."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Time between checkpoints, in seconds; 0 saves one after every step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.shard and self.precision == "bfloat16" and not self.lora_rank:
+            raise ValueError("shard trains float32 weights: set precision to float32, or lora_rank")
+        return self
 
 
 class Inputs(Settings):

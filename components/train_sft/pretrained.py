@@ -13,6 +13,7 @@ from components.services.exits import DoNotRetry, Retry
 from components.services.storage import Storage
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from components.rlhf.models import Precision
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_pretrained(
-    base_model: str, precision: Precision, storage: Storage, scratch: Path
+    base_model: str, precision: Precision, storage: Storage, scratch: Path, place: torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that `base_model` names, with its tokenizer, ready to be trained.
 
@@ -31,6 +32,7 @@ def load_pretrained(
         base_model: `s3://...` (a folder of ours), a local folder, `gguf:FILE.gguf`, `gguf:PACKAGE` (the one GGUF file that an
             installed Python package carries), or a name on the Hub.
         scratch: where S3 folders and converted files are put.
+        place: where its weights are put; default: this process's device.
 
     Raises:
         DoNotRetry: there is no such model, or it cannot be used.
@@ -51,7 +53,7 @@ def load_pretrained(
     elif _is_local(base_model):
         folder = _local_folder(base_model)
     try:
-        return load_policy(folder, precision)
+        return load_policy(folder, precision, place)
     except ValueError as error:
         raise DoNotRetry(f"{base_model} cannot be used: {error}") from error
     except OSError as error:

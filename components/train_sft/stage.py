@@ -17,14 +17,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.rlhf.activations import checkpoint_activations
+from components.rlhf.distributed import any_of, check_same
 from components.rlhf.likelihood import add_nll_gradient, mean_nll
-from components.rlhf.models import Role, context_tokens, policy_role, save_model
+from components.rlhf.models import Role, context_tokens, device, policy_role, save_model
 from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.scratch_model import new_model, train_tokenizer
+from components.rlhf.sharding import divide_layers
 from components.rlhf.tokens import Encoded, PromptTooLong, encode_completion, encode_prompt, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
@@ -41,7 +43,9 @@ _log = logging.getLogger(__name__)
 
 
 class Config(Settings):
-    RUNTIME_ONLY = frozenset({"activation_checkpointing", "micro_batch_tokens", "threads", "checkpoint_seconds"})
+    RUNTIME_ONLY = frozenset(
+        {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "shard", "threads", "checkpoint_seconds"}
+    )
 
     base_model: str = ""
     """Pretrained model: local folder, s3:// folder, gguf:FILE, gguf:PACKAGE or Hub name; empty: from scratch."""
@@ -77,10 +81,22 @@ class Config(Settings):
     """Type of a pretrained model's weights; in bfloat16 they are kept and stepped in float32 too."""
     seed: int = 0
     """Seed of the initial weights and of the order of the examples."""
+    processes: int = Field(1, ge=1)
+    """Processes on each node, one for each GPU: they share each step's work, and the result is the same within rounding."""
+    nodes: int = Field(1, ge=1)
+    """Nodes; with more than one the stage starts a Kubeflow TrainJob of so many pods and follows it."""
+    shard: bool = False
+    """Divide weights, gradients and moments of the layers over the processes (FSDP2): for models that one GPU cannot hold."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 leaves its default."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Time between checkpoints, in seconds; 0 saves one after every step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.shard and self.precision == "bfloat16":
+            raise ValueError("shard trains float32 weights: set precision to float32")
+        return self
 
 
 class Inputs(Settings):
@@ -120,7 +136,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
     # 2. Model and tokenizer.
     if config.base_model:
-        model, tokenizer = load_pretrained(config.base_model, config.precision, context.storage, context.scratch)
+        place = torch.device("cpu") if config.shard else None  # from there its layers go to the device one by one
+        model, tokenizer = load_pretrained(config.base_model, config.precision, context.storage, context.scratch, place)
     else:
         model, tokenizer = _from_scratch(config, train)
     parameters = sum(p.numel() for p in model.parameters())
@@ -133,6 +150,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     role = policy_role(model, trainable=True)
     if config.activation_checkpointing:
         checkpoint_activations(role.backbone)
+    if config.shard:
+        divide_layers(role, device())
     steps = math.ceil(config.epochs * len(encoded) / config.batch_size)
     history = train_loop(config, role, encoded, steps, tokenizer.pad_token_id, context) if steps else []
     recent = [row["loss"] for row in history[-max(1, steps // 10) :]]
@@ -226,6 +245,7 @@ def train_loop(
         history = saved["history"]
         for row in history:
             context.tracker.row(row, int(row["step"]))
+    check_same("SFT", role.trainable)
     order = data_order(len(examples), steps * config.batch_size, config.seed)
     with context.deferred_stop() as stop:
         for step in context.progress.track(range(len(history), steps), steps, "steps", start=len(history)):
@@ -237,9 +257,11 @@ def train_loop(
             norm = optimiser.step()
             history.append({"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": rate})
             context.tracker.row(history[-1], step)
-            if stop.is_set() or (checkpoints.due() and step + 1 < steps):
+            stopping, due = any_of(stop.is_set(), checkpoints.due())
+            if stopping or (due and step + 1 < steps):
+                check_same("SFT", role.trainable)
                 checkpoints.save({"weights": weights_of(role.trainable), "optimiser": optimiser.state(), "history": history})
-            if stop.is_set():
+            if stopping:
                 context.leave()
     if not all(bool(weight.isfinite().all()) for weight in weights_of(role.trainable)):
         raise DoNotRetry(f"SFT diverged: weights are not finite after step {steps - 1}", LOWER_RATE)

@@ -6,7 +6,10 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
+
+import pytest
 
 from components.services.exits import EXIT_INTERRUPTED, EXIT_RETRY
 from components.services.storage import Storage
@@ -14,18 +17,19 @@ from pipelines.local_services import LocalServices, environment_of
 from tests.integration.pipelines.loop import STAGES, left_behind, registry, run, start, wait_for_stage, write_rankings
 
 
-def test_an_interrupt_in_any_stage_stops_everything_and_the_next_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_an_end_in_any_stage_stops_everything_and_the_next_run_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     home = tmp_path / "loop"
     rankings = write_rankings(tmp_path / "rankings.jsonl", 200, seed=0)
-    for number, stage in enumerate(STAGES):
+    for runs_before, stage in enumerate(STAGES):
         process = start(home, "--rankings", str(rankings))
-        wait_for_stage(home, number, stage, process)
-        os.killpg(process.pid, signal.SIGINT)
+        wait_for_stage(home, runs_before, stage, process)
+        os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=60)
-        assert process.returncode == EXIT_INTERRUPTED, output
-        assert "interrupted" in output
+        assert process.returncode == (EXIT_INTERRUPTED if number == signal.SIGINT else -number), output
+        assert ("interrupted" in output) == (number == signal.SIGINT)
         assert "Traceback" not in output
-        assert not left_behind(home), f"after the interrupt in {stage}"
+        wait_until_nothing_is_left(home)
     versions, aliases = registry(home)
     assert len(versions) <= 1
     assert "champion" not in aliases
@@ -36,6 +40,29 @@ def test_an_interrupt_in_any_stage_stops_everything_and_the_next_run_goes_on(tmp
     assert len(versions) == 1, "a retry registers nothing twice"
     assert aliases["champion"] == "1"
     assert "200 read, 200 kept, 0 duplicates, 0 quarantined" in done.stdout
+    check_what_is_published(home)
+
+
+def wait_until_nothing_is_left(home: Path) -> None:
+    """A run that was killed takes nothing along itself; its watchdog does, within seconds."""
+    deadline = time.monotonic() + 20
+    while left := left_behind(home):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def test_two_runs_that_begin_together_make_one_champion(tmp_path: Path) -> None:
+    """As when a schedule and a trigger fire at once."""
+    home = tmp_path / "loop"
+    rankings = write_rankings(tmp_path / "rankings.jsonl", 200, seed=4)
+    both = [start(home, "--rankings", str(rankings)) for _ in range(2)]
+    for process in both:
+        output, _ = process.communicate(timeout=300)
+        print(process.returncode, output)
+    assert [process.returncode for process in both] == [0, 0]
+    versions, aliases = registry(home)
+    assert len(versions) == 1
+    assert aliases["champion"] == "1"
     check_what_is_published(home)
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import random
 import signal
-from typing import Any
 
 import pytest
 
-from components.services.storage import MARKER, Storage
-from components.services.tracking import client
+from components.services.storage import Storage
 from pipelines.local_services import LocalServices
-from tests.stage_processes import OPTIONS, Ended, StageProcess, Undisturbed, contents, is_measured, run, train_undisturbed
+from tests.stage_processes import OPTIONS, Ended, StageProcess, Undisturbed, contents, logged, run, train_undisturbed
 
 KILLS, KILLS_PER_RUN = 20, 5
 STEPS = {"train_sft": 27, "train_reward_model": 26, "ppo_finetune": 17, "dpo_finetune": 13}  # of a whole run
@@ -40,13 +38,6 @@ def killed_on_its_way(stage: str, root: str, inputs: dict[str, str], rng: random
         if ended.returncode != -signal.SIGKILL:
             return kills, ended
     return KILLS_PER_RUN, run(stage, root, inputs)
-
-
-def logged(uri: str) -> dict[str, Any]:
-    """The curves that MLflow has of the run that published a folder, but for measurements of the machine."""
-    run_id = Storage().get_json(f"{uri}/{MARKER}")["mlflow_run_id"]
-    names = [name for name in client().get_run(run_id).data.metrics if not is_measured(name)]
-    return {name: [(point.step, point.value) for point in client().get_metric_history(run_id, name)] for name in names}
 
 
 @pytest.mark.parametrize("stage", list(OPTIONS))

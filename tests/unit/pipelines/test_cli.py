@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,15 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 
 
-def rankloop(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def rankloop(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments], capture_output=True, text=True, timeout=120, cwd=cwd, check=False
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        check=False,
     )
 
 
@@ -37,11 +44,16 @@ def test_every_command_about_models_explains_itself_and_its_options(command: str
         assert parameter.help, f"{command} {parameter.name} says nothing of itself"
 
 
-@pytest.mark.parametrize(("options", "name"), [((), "rlhf"), (("--graph", "sharded_ingest"), "sharded-ingest")])
-def test_compile_writes_the_graph(options: tuple[str, ...], name: str, tmp_path: Path) -> None:
-    done = rankloop("compile", *options, "--output", str(tmp_path / "graph.yaml"))
+def test_compile_writes_the_graph_with_the_images_that_the_installation_names(tmp_path: Path) -> None:
+    images = {
+        name: f"registry.example/{name.lower()}@sha256:{'5e' * 32}" for name in ("RANKLOOP_DATA_IMAGE", "RANKLOOP_TRAIN_IMAGE")
+    }
+    done = rankloop("compile", "--resources", "lean", cwd=tmp_path, **images)
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load((tmp_path / "graph.yaml").read_text(encoding="utf-8"))["pipelineInfo"]["name"] == name
+    assert done.stdout.startswith("wrote rlhf.yaml: 17 tasks, 10 with GPUs, ")
+    pipeline, _ = yaml.safe_load_all((tmp_path / "rlhf.yaml").read_text(encoding="utf-8"))
+    assert pipeline["pipelineInfo"]["name"] == "rlhf"
+    assert {each["container"]["image"] for each in pipeline["deploymentSpec"]["executors"].values()} == set(images.values())
 
 
 @pytest.mark.parametrize(
@@ -52,6 +64,8 @@ def test_compile_writes_the_graph(options: tuple[str, ...], name: str, tmp_path:
         (("run", "--method", "grpo"), 65, "unknown method 'grpo'"),
         (("run", "--seed", "one"), 2, "--seed"),
         (("rnu",), 2, "rnu"),
+        (("compile",), 65, "RANKLOOP_DATA_IMAGE = 'rankloop/python-data:0.1.0' names no digest"),
+        (("compile", "--resources", "leen"), 65, "did you mean 'lean'?"),
     ],
 )
 def test_a_wrong_command_line_ends_with_its_code_and_no_traceback(arguments: tuple[str, ...], code: int, expected: str) -> None:

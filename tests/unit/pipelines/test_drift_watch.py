@@ -11,7 +11,7 @@ import yaml
 from kfp import compiler
 
 from pipelines import STAGES
-from pipelines.drift_watch import drift_watch
+from pipelines.drift_watch import drift_watch_graph
 from tests.golden.write import compiled, shape
 
 
@@ -19,7 +19,7 @@ from tests.golden.write import compiled, shape
 def document() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "watch.yaml"
-        compiler.Compiler().compile(drift_watch, str(path))
+        compiler.Compiler().compile(drift_watch_graph(), str(path))
         found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
         return found
 

@@ -104,9 +104,9 @@ def test_the_graph_fans_out_and_merges(place: str, tmp_path: Path) -> None:
     script = f"""
 import json
 from kfp import local
-from pipelines.sharded_ingest import sharded_ingest
+from pipelines.sharded_ingest import sharded_ingest_graph
 local.init(local.SubprocessRunner(use_venv=False), pipeline_root={str(tmp_path / "kfp")!r}, raise_on_error=True)
-print("made", json.dumps(sharded_ingest(**{arguments!r}).outputs))
+print("made", json.dumps(sharded_ingest_graph()(**{arguments!r}).outputs))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

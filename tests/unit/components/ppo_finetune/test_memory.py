@@ -10,7 +10,7 @@ import torch
 from components.ppo_finetune.memory import plan
 from components.ppo_finetune.roles import load_roles
 from components.ppo_finetune.stage import Config
-from components.rlhf.memory import cache_bytes, saved_bytes, shape_only, shape_role, table, weights_bytes, weights_file_bytes
+from components.rlhf.memory import cache_bytes, table, weights_bytes, weights_file_bytes
 from components.rlhf.models import load_policy
 
 
@@ -50,34 +50,13 @@ def test_all_weights_in_bfloat16_have_float32_copies(folders: dict[str, Any], co
     assert found["judge", "weights"] == found["reward", "weights"] == found["value", "weights"]
 
 
-def test_what_a_forward_pass_keeps_is_counted_without_weights(folders: dict[str, Any], config: Config) -> None:
-    """The same as what autograd saves when the real model runs, but for the mask."""
-    model, _ = load_policy(folders["sft"])
-    shape = shape_only(model.config, "float32")
-    assert all(parameter.is_meta for parameter in shape.parameters())
-    assert weights_bytes(shape) == weights_bytes(model)
-    saved: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = model.base_model(input_ids=torch.ones((3, 17), dtype=torch.long), use_cache=False).last_hidden_state
-    assert kept.requires_grad
-    assert saved_bytes(shape_role(shape, 0), 3, 17) == pytest.approx(sum(saved.values()), rel=0.05)
-
-
 def test_the_plan_grows_with_micro_batches_and_the_cache_is_keys_and_values(folders: dict[str, Any], config: Config) -> None:
     scorers = [folders["reward"], folders["judge"]]
 
     def update(tokens: int) -> int:
-        return plan(config.model_copy(update={"micro_batch_tokens": tokens}), folders["sft"], scorers, [30])[-1].bytes
+        return plan(config.model_copy(update={"micro_batch_tokens": tokens}), folders["sft"], scorers, [200])[-1].bytes
 
-    assert update(64) < update(120) < update(240) == update(10_000), "six completions of 40 tokens are all there is"
+    assert update(210) < update(630) < update(1260) == update(10_000), "six completions of 210 tokens are all there is"
     model, _ = load_policy(folders["sft"])
     # 2 (keys, values) x 3 rows x 7 tokens x 2 layers x 2 heads x 8 x 2 bytes
     assert cache_bytes(model.config, "bfloat16", 3, 7) == 2 * 3 * 7 * 2 * 2 * 8 * 2

@@ -176,3 +176,25 @@ def test_empty_completion_mask_gives_zeros(model: Any, tokenizer: Any) -> None:
     logprobs, entropy = token_logprobs(policy_role(model), batch, temperature=1.0, pad_id=pad, with_entropy=True)
     assert logprobs.abs().sum() == 0
     assert entropy.abs().sum() == 0
+
+
+def test_prompts_that_are_read_in_groups_give_what_they_give_at_once(model: Any, tokenizer: Any, encoded: Any) -> None:
+    def drawn(prefill_tokens: int, samples: int) -> Any:
+        return sample_tokens(
+            policy_role(model),
+            encoded,
+            max_new_tokens=8,
+            temperature=1.0,
+            pad_id=tokenizer.pad_token_id,
+            eos_id=tokenizer.eos_token_id,
+            generator=torch.Generator().manual_seed(3),
+            samples=samples,
+            prefill_tokens=prefill_tokens,
+        )
+
+    longest = max(map(len, encoded))
+    for samples in (1, 2):
+        for tokens in (1, 2 * longest):
+            for (ids, logprobs), (wanted, expected) in zip(drawn(tokens, samples), drawn(0, samples), strict=True):
+                assert ids == wanted
+                torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,1 @@
+"""What a model needs of a GPU: memory by role, tokens per second, hours and cost."""
