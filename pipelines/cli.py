@@ -1,4 +1,4 @@
-"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`, `bucket`."""
+"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`; those that talk to a cluster are below `cluster/`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import typer
 
 from components.services.exits import EXIT_INTERRUPTED, StageFailure
 from pipelines import models
+from pipelines.arguments import Sources
 from pipelines.capacity.command import plan
-from pipelines.cluster import bucket
+from pipelines.cluster import bucket, commands, schedule_commands
 from pipelines.display import Home, console_of
 
 app = typer.Typer(
@@ -28,6 +29,8 @@ app = typer.Typer(
 app.add_typer(models.app, name="models")
 app.command()(plan)
 app.add_typer(bucket.app, name="bucket")
+app.add_typer(commands.app)
+app.add_typer(schedule_commands.app, name="schedule")
 
 
 @app.command()
@@ -64,7 +67,7 @@ def run(
     from pipelines.local_services import default_home
 
     resolved = profile_file.load(profile, assignments or (), seed, method)
-    sources = laptop.Sources(*map(_absolute, (rankings, demonstrations, pretraining)))
+    sources = Sources(*map(_absolute, (rankings, demonstrations, pretraining)))
     code = laptop.run(resolved, sources, home or default_home(), fresh, console_of())
     raise typer.Exit(code)
 
@@ -89,7 +92,7 @@ def watch(
     from pipelines.local_services import default_home
 
     resolved = profile_file.load(profile, assignments or (), None, method)
-    sources = laptop.Sources(_absolute(rankings), "", "")
+    sources = Sources(_absolute(rankings), "", "")
     raise typer.Exit(laptop.run(resolved, sources, home or default_home(), False, console_of(), "drift_watch"))
 
 

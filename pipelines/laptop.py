@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
 from components.services.exits import DoNotRetry, StageFailure
-from components.services.launch import json_digest
 from components.services.storage import MARKER, Storage, join
 from components.services.tracking import PARENT_VARIABLE, client, experiment_id, mlflow_errors
-from pipelines import METHODS, STAGES, WATCH
+from pipelines import METHODS, WATCH
+from pipelines.arguments import Sources, arguments_of, fingerprints_of, upload_simulated
 from pipelines.display import Display, estimate, table
 from pipelines.local_services import LocalServices, environment_of
 from pipelines.profile import Profile
 from pipelines.supervisor import Result, Supervisor
-
-
-class Sources(NamedTuple):
-    """What a run reads, each a path or URI: rankings ("" for the profile's simulated ones), and optional texts for SFT and PPO."""
-
-    rankings: str
-    demonstrations: str
-    pretraining: str
 
 
 def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Console, graph: str = "rlhf") -> int:
@@ -50,31 +40,15 @@ def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Co
             assert profile.simulated is not None
             console.print("The rankings are simulated: requests, replies and raters come from a grammar.", highlight=False)
             rankings = upload_simulated(storage, services.storage_root, profile.simulated.rankings, profile.simulated.seed)
-        from components.ingest_rankings.raters import salt_fingerprint, salt_of
-        from components.ingest_rankings.sources import source_fingerprint
-        from components.ppo_finetune.pretraining import read_texts
-        from components.train_sft.stage import fingerprint_of
+        from components.ingest_rankings.raters import salt_of
 
+        sources = sources._replace(rankings=rankings)
         reading = profile.stages["ingest_rankings"]
-        salt = salt_fingerprint(salt_of(reading["rater_ids"], reading["rater_salt_variable"]))
-        fingerprint = json_digest([source_fingerprint(rankings), salt]) if salt else source_fingerprint(rankings)
-        sft_fingerprint = fingerprint_of(sources.demonstrations, profile.stages["train_sft"]["base_model"], storage)
-        pretraining_fingerprint = json_digest(read_texts(sources.pretraining, storage)) if sources.pretraining else ""
+        salt = salt_of(reading["rater_ids"], reading["rater_salt_variable"])
+        fingerprints = fingerprints_of(profile, sources, storage, salt)
         parent = open_parent(profile, rankings, graph)
         name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + parent[:6]
-        arguments: dict[str, Any] = {
-            "rankings": rankings,
-            "method": profile.method,
-            "rater_study": "on" if profile.stages["rater_study"]["folds"] else "off",
-            "rankings_fingerprint": fingerprint,
-            "demonstrations": sources.demonstrations,
-            "sft_fingerprint": sft_fingerprint,
-            "pretraining": sources.pretraining,
-            "pretraining_fingerprint": pretraining_fingerprint,
-            **{f"{stage}_config": profile.stages[stage] for stage in STAGES},
-        }
-        if graph == "drift_watch":
-            arguments[f"{WATCH}_config"] = profile.stages[WATCH]
+        arguments = arguments_of(profile, sources, fingerprints, graph)
         request = {"graph": graph, "home": str(home.resolve()), "caching": not fresh, "arguments": arguments}
         with Display(console) as display:
             supervisor = Supervisor(home / "runs" / name, request, {PARENT_VARIABLE: parent}, display)
@@ -96,19 +70,6 @@ def run(profile: Profile, sources: Sources, home: Path, fresh: bool, console: Co
             highlight=False,
         )
     return 0
-
-
-def upload_simulated(storage: Storage, root: str, rankings: int, seed: int) -> str:
-    """Makes simulated rankings and puts them where a rater's tool would: an object on S3, named by its content."""
-    from components.simulated_world.generate import write_rankings
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rankings.jsonl.gz"
-        write_rankings(path, rankings, seed)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        uri = join(root, "incoming", f"simulated-{rankings}-{seed}-{digest}.jsonl.gz")
-        storage.upload_file(path, uri)
-    return uri
 
 
 def open_parent(profile: Profile, rankings: str, graph: str) -> str:
