@@ -189,7 +189,7 @@ def test_stopped_in_ppo_the_graph_goes_on_to_the_weights_of_an_undisturbed_run(s
     assert "ppo_finetune was asked to stop (SIGTERM); its checkpoint is saved" in log
     assert "Task 'ppo-finetune' finished with status FAILURE" in log
     assert [each.uri for each in Storage().list(f"{root}/checkpoints/")], "the checkpoint is on S3"
-    assert not [each.uri for each in Storage().list(f"{root}/policies/") if "ppo_finetune" in each.uri]
+    assert policies(root) == [], "nothing is published of it"
 
     second = servers.start(tmp_path / "second.log")
     assert second.wait(600) == 0, printed(tmp_path / "second.log")[-5000:]
@@ -201,7 +201,7 @@ def test_stopped_in_ppo_the_graph_goes_on_to_the_weights_of_an_undisturbed_run(s
     assert {run.data.tags["rankloop.stage"] for run in children if run.info.status == "FINISHED"} >= set(stages_of("ppo"))
     version = client().search_model_versions("name = 'rankloop-policy'")[0]
 
-    resumed = policy_of(root)
+    (resumed,) = policies(root)
     marker = Storage().get_json(f"{resumed}/{MARKER}")
     assert str(version.tags["stage"]) == "ppo_finetune"
     undisturbed = alone(servers, marker, f"{root}-undisturbed")
@@ -219,11 +219,10 @@ def stop_in_ppo(address: str, root: str, process: subprocess.Popen[bytes], log: 
     docker(address, "kill", "--signal", "TERM", container)
 
 
-def policy_of(root: str) -> str:
-    """The folder of the policy that PPO published."""
+def policies(root: str) -> list[str]:
+    """The folders of the policies that PPO published."""
     markers = [each.uri for each in Storage().list(f"{root}/policies/") if each.uri.endswith("/" + MARKER)]
-    (found,) = (uri for uri in markers if Storage().get_json(uri)["stage"] == "ppo_finetune")
-    return found.removesuffix("/" + MARKER)
+    return [uri.removesuffix("/" + MARKER) for uri in markers if Storage().get_json(uri)["stage"] == "ppo_finetune"]
 
 
 def alone(servers: Servers, marker: dict[str, Any], root: str) -> str:
@@ -236,7 +235,8 @@ def alone(servers: Servers, marker: dict[str, Any], root: str) -> str:
     variables = [part for key, value in environment.items() for part in ("-e", f"{key}={value}")]
     limits = ["--network", "host", "--read-only", "--tmpfs", "/tmp", "--tmpfs", "/scratch:uid=10001,gid=10001"]
     docker(servers.address, "run", "--rm", *limits, *variables, TRAIN, "python", "-m", "components.ppo_finetune", *options)
-    return policy_of(root)
+    (policy,) = policies(root)
+    return policy
 
 
 def weights(uri: str) -> dict[str, str]:
