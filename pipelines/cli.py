@@ -1,4 +1,4 @@
-"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`, `bucket`."""
+"""The command line: `rankloop run`, `watch`, `plan`, `compile`, `services`, `models`, `bucket`."""
 
 from __future__ import annotations
 

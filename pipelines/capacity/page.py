@@ -40,10 +40,11 @@ def notes_of(plan: Plan) -> list[str]:
     return [
         f"Rows are as long as they may be: prompts of {data.prompt_tokens} and completions of {data.completion_tokens} tokens,"
         f" {data.completions} to a ranking. Hours are for {data.rankings} rankings, and less where texts are shorter.",
-        "Memory is the stages' own plan, counted tensor by tensor on shapes. It was within 9 % of the peaks on an H100 (reward model,"
-        " PPO and DPO with adapters, SFT of all weights; 135 M to 8 B), and within 15 % on a CPU at small sizes.",
-        f"Speed was measured on one {MEASURED} at 135 M, 1.2 B and 8 B parameters, with adapters. {MARK} marks what is extrapolated:"
-        " another GPU at the same share of its data sheet's rate, another size, or several without the time of their messages.",
+        "Memory is the stages' own plan, counted tensor by tensor on shapes. It was within 9 % of the peaks on an H100 (reward"
+        " model, PPO and DPO with adapters, SFT of all weights; 135 M to 8 B), and within 15 % on a CPU at small sizes.",
+        f"Speed was measured on one {MEASURED} at 135 M, 1.2 B and 8 B parameters, with adapters. {MARK} marks what is"
+        " extrapolated: another GPU at the same share of its data sheet's rate, another size, or several without the time of"
+        " their messages.",
         "Decoding is the torch sampler's. vLLM's time was not measured: it is what reading weights and cache once takes.",
         "Sharding, and the evaluation's memory (two models and a cache), were not compared with measured peaks.",
     ]
