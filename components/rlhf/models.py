@@ -198,6 +198,8 @@ def _ready(model: PreTrainedModel, place: torch.device | None = None) -> PreTrai
     model = model.to(place or device()).eval()
     if model.device.type == "cpu":
         use_short_rows(model)
+    elif model.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each shape, and a rollout's steps all differ in theirs
     return model
 
 
