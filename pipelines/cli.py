@@ -1,4 +1,4 @@
-"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`; those that talk to a cluster are below `cluster/`."""
+"""The command line: `rankloop run`, `watch`, `plan`, `compile`, `services`, `models`; those for a cluster are below `cluster/`."""
 
 from __future__ import annotations
 
