@@ -176,10 +176,13 @@ def work() -> None:
     while True:
         try:
             block = pickle.load(sys.stdin.buffer)
-        except EOFError:
+        except EOFError:  # no more of them, or nobody who could send one
             return
         try:
             found: Sorted | _Failed = sorter.sort(block)
         except Exception:
             found = _Failed(traceback.format_exc())
-        _send(replies, found)
+        try:
+            _send(replies, found)
+        except BrokenPipeError:
+            os._exit(1)  # the one who asked is gone; a close of the pipe would fail again

@@ -2,12 +2,12 @@
 
     python -m tests.benchmarks.registration
 
-The whole stage `register_model`, on a real MLflow server and a real S3 server, both started here. In each round a new policy with
-a new reward model is better than the champion. The process that registers it gets SIGKILL right before its n-th request that
-writes, to either server; for every n until there is no such write left. Only those requests change anything that anybody else can
-see, so that is every instruction there is: what is killed after a write is killed before the next one. Then the stage runs again.
-Afterwards both models must have exactly one version more, champion, challenger and previous_champion must be right on both, and
-the audit whole.
+The whole stage `register_model`, on a real MLflow server and a real S3 server, both started here. In each round a new policy
+with a new reward model is better than the champion. The process that registers it gets SIGKILL right before its n-th request
+that writes, to either server; for every n until there is no such write left. Only those requests change anything that anybody
+else can see, so that is every instruction there is: what is killed after a write is killed before the next one. Then the stage
+runs again. Afterwards both models must have exactly one version more, champion, challenger and previous_champion must be right
+on both, and the audit whole.
 """
 
 from __future__ import annotations
