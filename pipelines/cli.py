@@ -1,4 +1,4 @@
-"""The command line: `rankloop run`, `watch`, `compile`, `services`, `models`; those that talk to a cluster are below `cluster/`."""
+"""The command line: `rankloop run`, `watch`, `plan`, `compile`, `services`, `models`; those for a cluster are below `cluster/`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from components.services.exits import EXIT_INTERRUPTED, StageFailure
 from pipelines import models
 from pipelines.arguments import Sources
+from pipelines.capacity.command import plan
 from pipelines.cluster import bucket, commands, schedule_commands
 from pipelines.display import Home, console_of
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 
 app.add_typer(models.app, name="models")
+app.command()(plan)
 app.add_typer(bucket.app, name="bucket")
 app.add_typer(commands.app)
 app.add_typer(schedule_commands.app, name="schedule")

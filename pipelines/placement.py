@@ -5,18 +5,22 @@ A graph is built by a function that takes a table, or None for a machine without
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from kfp.dsl import PipelineTask
 
+from components.images import TRAIN
 from components.services.final_failure import NODE_VARIABLE, RUN_VARIABLE
 from components.services.stop import PID_VARIABLE
+from components.services.train_job import RESOURCES_VARIABLE
 from pipelines.resources import Resources, Row, Source
 
 TMP_SIZE = "1Gi"
 PID_FILE = "/tmp/rankloop-stage.pid"
 STAGE_LABEL, PRIORITY_LABEL = "rankloop.dev/stage", "rankloop.dev/priority-class"
+TRAINED_ON_NODES = ("train_sft", "train_reward_model", "ppo_finetune", "dpo_finetune")  # have the setting `nodes`
 # The root file system is read-only where the cluster says so (KFP cannot): all that a stage writes goes to the three mounts.
 ENVIRONMENT = {"TMPDIR": "/scratch", "HOME": "/scratch", PID_VARIABLE: PID_FILE}
 
@@ -66,7 +70,7 @@ def _place(task: PipelineTask, resources: Resources, gpus: Gpus) -> PipelineTask
     kubernetes.set_timeout(task, row.timeout_seconds)
     _place_on_nodes(task, stage, row, resources, gpus)
     _mount(task, row)
-    for name, value in ENVIRONMENT.items():
+    for name, value in environment_of(stage, row).items():
         task.set_env_variable(name, value)
     kubernetes.use_field_path_as_env(task, RUN_VARIABLE, "metadata.labels['pipeline/runid']")
     kubernetes.use_field_path_as_env(task, NODE_VARIABLE, "metadata.annotations['workflows.argoproj.io/node-name']")
@@ -76,6 +80,14 @@ def _place(task: PipelineTask, resources: Resources, gpus: Gpus) -> PipelineTask
     for key, value in {**row.labels, STAGE_LABEL: stage, PRIORITY_LABEL: row.priority_class}.items():
         kubernetes.add_pod_label(task, key, value)
     return task
+
+
+def environment_of(stage: str, row: Row, image: str = TRAIN) -> dict[str, str]:
+    """The variables that have their values in the graph."""
+    if stage not in TRAINED_ON_NODES:
+        return ENVIRONMENT
+    node = json.dumps({"cpu": row.cpu, "memory": row.memory})  # the pods of its TrainJob are like its own
+    return {**ENVIRONMENT, "RANKLOOP_TRAIN_IMAGE": image, RESOURCES_VARIABLE: node}
 
 
 def _place_on_nodes(task: PipelineTask, stage: str, row: Row, resources: Resources, gpus: Gpus) -> None:

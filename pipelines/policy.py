@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from components.services.exits import DoNotRetry
-from pipelines.placement import ENVIRONMENT
+from pipelines.placement import environment_of
 from pipelines.resources import Resources
 
 SOURCE_BYTES = 2048  # KFP stores a component's source four times a task
@@ -104,10 +104,12 @@ def images(graph: Graph, resources: Resources) -> Iterator[str]:
 
 
 def no_inline_secrets(graph: Graph, resources: Resources) -> Iterator[str]:
-    """Secrets are named, never written down; no variable but our own three has its value in the graph."""
+    """Secrets are named, never written down; no variable but our own few has its value in the graph."""
     for label, container in graph.executors().items():
+        stage = graph.stage(label)
+        own = environment_of(stage, resources.row(stage), container["image"])
         for each in container.get("env", []):
-            if ENVIRONMENT.get(each["name"]) != each.get("value", ""):
+            if own.get(each["name"]) != each.get("value", ""):
                 yield f"{label}: the variable {each['name']} has its value in the graph"
         for source in graph.pod(label).get("configMapAsEnv", []):
             for key in source["keyToEnv"]:

@@ -42,7 +42,7 @@ LINES = {
     19: "Without EOS within its budget, a completion gets a fixed score in place of the reward model's.",
     20: "One seed, one run; the order of the data has a stream of random numbers apart from the sampling's.",
     21: "Reference, reward model and judge do not change, and nothing has dropout.",
-    22: "How far the sampler's log-probabilities are from the trainer's is measured and logged.",
+    22: "The sampler's log-probabilities are compared with the trainer's; the difference is logged, bounded and corrected.",
     23: "A token's reward is -beta times its log-ratio to the reference, of either sign; the last real one has the score besides.",
     24: "Discount 1 and lambda 0.95; the value behind the end is 0.",
     25: "The value model learns returns of plain advantages; the policy learns advantages whitened to mean 0 over real tokens.",

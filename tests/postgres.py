@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -86,17 +87,35 @@ def _call(folder: Path, *command: str) -> None:
 
 
 @contextmanager
-def mlflow_on_postgres(services: LocalServices, folder: Path, workers: int = 2) -> Iterator[str]:
-    """An MLflow server with its data in PostgreSQL and its artifacts on the store of `services`; gives its address."""
+def mlflow_on_postgres(services: LocalServices, folder: Path, workers: int = 2, admin_password: str = "") -> Iterator[str]:
+    """An MLflow server with its data in PostgreSQL and its artifacts on the store of `services`; gives its address.
+
+    Args:
+        admin_password: if given, nobody gets in without a name and a password, and a new user may do nothing; the first is `admin`.
+    """
     (port,) = free_ports(1)
     with postgres(folder / "postgres") as database, open(folder / "mlflow.log", "wb") as log:
+        options, authentication = [], dict[str, str]()
+        if admin_password:
+            settings = folder / "authentication.ini"
+            settings.write_text(
+                f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = {database}\nadmin_username = admin\n"
+                "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            )
+            options = ["--app-name", "basic-auth"]
+            authentication = {
+                "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+                "MLFLOW_AUTH_ADMIN_PASSWORD": admin_password,
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+            }
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database),
                 *("--serve-artifacts", "--artifacts-destination", f"{services.storage_root}/mlflow-postgres"),
                 *("--host", "127.0.0.1", "--port", str(port), "--workers", str(workers)),
+                *options,
             ],
-            env={**os.environ, **services.environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            env={**os.environ, **services.environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **authentication},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -65,7 +65,7 @@ class Cluster:
             home.mkdir(exist_ok=True)
             variables = {each["name"]: each["value"] for each in trainer["env"]}
             variables |= {"PET_NNODES": str(trainer["numNodes"]), "PET_NODE_RANK": str(number), "PET_MASTER_PORT": str(port)}
-            variables |= {"PET_NPROC_PER_NODE": str(int(float(trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"])))}
+            variables |= {"PET_NPROC_PER_NODE": trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]}
             variables |= {"PET_MASTER_ADDR": "127.0.0.1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
             with open(home / "log", "wb") as log:
                 pod = subprocess.Popen(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from components.rlhf.models import Precision, load_policy, load_scorer
 from components.rlhf.records import Ranking, iterate_snapshot, prompt_key
 from components.services.exits import DoNotRetry
 from components.services.launch import Context
+
+SALT = "rater_salt_fingerprint"  # in a snapshot's manifest
 
 
 def read_reference(folder: Path, most: int) -> tuple[Known, list[Dated]]:
@@ -60,6 +62,25 @@ def read_since(folder: Path, known: Known) -> list[Dated]:
         if digest not in known.rankings:
             found[digest] = Dated(digest, ranking)
     return list(found.values())
+
+
+def check_salts(markers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Two snapshots, by their URIs, can be compared only if their raters' pseudonyms were made with the same salt.
+
+    Under another salt every rater is somebody else, and with the rater every ranking: all of them would look new. A snapshot whose
+    manifest tells no fingerprint (made before there was one, or not by `ingest_rankings`) is taken as it is; "" is one of kept ids.
+
+    Raises:
+        DoNotRetry: they were not.
+    """
+    told = {uri: marker[SALT] for uri, marker in markers.items() if SALT in marker}
+    if len(set(told.values())) > 1:
+        which = " and ".join(f"{uri} ({salt or 'ids were kept'})" for uri, salt in told.items())
+        raise DoNotRetry(
+            f"the raters of these snapshots were hashed with different salts, by their fingerprints: {which}; "
+            "all raters and all rankings would look new",
+            "ingest both with the same RANKLOOP_RATER_SALT and ingest_rankings.rater_ids, or train a champion on the new snapshot",
+        )
 
 
 class Models:

@@ -25,7 +25,7 @@ from pydantic import Field
 from components.detect_drift.champion import Champion, find_champion, tag_version
 from components.detect_drift.channels import Known, Watch
 from components.detect_drift.page import drift_page, measures_of
-from components.detect_drift.reading import Models, read_reference, read_since
+from components.detect_drift.reading import Models, check_salts, read_reference, read_since
 from components.detect_drift.state import Hygiene, Order, State, order_retrain, read_state, write_folder, write_state
 from components.detect_drift.units import Dated
 from components.services.exits import DoNotRetry, Retry
@@ -97,8 +97,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     uri = context.uri("drift", f"{config.policy_name}/{champion.version}")
 
     # 2. New is what is not in the champion's snapshot. Both are read as streams; the new ones and the chosen units are kept.
-    for name, source in (("champion", champion.snapshot_uri), ("new", inputs.snapshot_uri)):
-        context.storage.fetch_folder(source, context.scratch / name)
+    sources = {"champion": champion.snapshot_uri, "new": inputs.snapshot_uri}
+    check_salts({uri: context.storage.fetch_folder(uri, context.scratch / name) for name, uri in sources.items()})
     known, reference = read_reference(context.scratch / "champion", config.reference_rankings)
     since = read_since(context.scratch / "new", known)
 

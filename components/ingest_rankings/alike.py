@@ -9,30 +9,28 @@ was asked twice and answered at two times gave two rankings: those stay, for the
 rankings the one with the smallest record digest stays, so that neither the order of files nor a parent snapshot nor shards that are
 merged later change what stays. Of a rater who is not known nothing is dropped: two of them may be two people.
 
-On disk lie, for each ranking, its place (36 bytes), the key of the same ranking (20), 20 band keys (240) and, of several turns, the
+On disk lie, for each ranking, its place (36 bytes), the key of the same ranking (20), 16 band keys (192) and, of several turns, the
 key of its conversation (20), in 16 or 64 files by the key's first bits. In memory are one file at a time, 2 bytes for each ranking,
 and 30 for each that goes.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from components.ingest_rankings.beside import Beside
-from components.ingest_rankings.likeness import how_near, near_keys, near_owner, near_text, same_key, turns_of
+from components.ingest_rankings.batches import BAND, KEY, KEY_FILES, PLACE, Batch, Policies
+from components.ingest_rankings.likeness import how_near
 from components.ingest_rankings.quarantine import Quarantine
 from components.ingest_rankings.rows import Rejected
-from components.rlhf.records import UNKNOWN_RATER, Ranking
 
-SameRanking = Literal["drop", "report", "keep"]
-Near = Literal["report", "quarantine", "keep"]
 KINDS = ("same_ranking", "near_duplicates", "last_turn")
 NEARLY = 0.8  # similarity of near duplicates, as in the validation gate
 COMPARISONS = 50_000  # of two rankings, some 100 microseconds each; where near duplicates are quarantined there is no limit
@@ -42,26 +40,8 @@ REASONS = {  # of what a policy quarantines
 }
 SECONDS = len("2026-01-31T12:00:00")  # of a time: exports round its fractions
 EXAMPLES = 5  # of each kind in the report
-_BATCH = 1024  # rankings whose band keys are made at a time
-_FILES = {"same_ranking": 16, "last_turn": 16, "near_duplicates": 64}  # with the sort's 192 are open, below 256
-_BAND_BITS = np.uint64(58)  # that are left of a band key when its first 6 have told the file
-_PLACE = np.dtype([("high", ">u8"), ("low", ">u8"), ("offset", "<u8"), ("file", "<u4"), ("row", "<u8")])
-_KEY = np.dtype([("key", ">u8"), ("rest", ">u8"), ("number", "<u4")])
-_BAND = np.dtype([("key", "<u8"), ("number", "<u4")])
 _OUT = np.dtype([("number", "<u4"), ("of", "<u4"), ("kind", "u1"), ("similarity", "<f4")])
 _OUT_PACKED = struct.Struct("<IIBf")
-_PLACE_PACKED = struct.Struct("<QIQ")
-
-
-class Policies(NamedTuple):
-    """What becomes of each kind; `keep` does not look for it."""
-
-    same_ranking: SameRanking
-    near_duplicates: Near
-    last_turn: Near
-
-
-UNLOOKED = Policies("keep", "keep", "keep")
 
 
 class Alike:
@@ -81,67 +61,47 @@ class Alike:
         self._folder = folder
         self._origins: dict[str, int] = {}
         self._known_rater = bytearray()
-        self._texts: list[tuple[str, bytes]] = []
         self._added = 0
-        self._beside = Beside()
         self._compared = 0
         self._examples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-        self._places_file = open(folder / "places", "wb")
+        self._places_file = open(folder / "places", "w+b")
         self._files = {
-            kind: [open(folder / f"{kind}-{number:02}", "wb", buffering=2**12) for number in range(_FILES[kind])]
+            kind: [open(folder / f"{kind}-{number:02}", "wb", buffering=2**12) for number in range(KEY_FILES[kind])]
             for kind in KINDS
             if getattr(policies, kind) != "keep"
         }
 
     def close(self) -> None:
-        self._beside.close()
         self._places_file.close()
+        self._close_keys()
+
+    def _close_keys(self) -> None:
         for files in self._files.values():
             for file in files:
                 file.close()
 
-    def add(self, ranking: Ranking, digest: bytes, offset: int, origin: str, row: int) -> None:
-        """Keeps the keys of a ranking that stands in `row` of the file `origin`, and in its file of the sort at `offset`."""
-        number = self._added.to_bytes(4, "little")
-        file = self._origins.setdefault(origin, len(self._origins))
-        self._places_file.write(digest[:16] + _PLACE_PACKED.pack(offset, file, row))
-        self._known_rater.append(ranking.rater_id != UNKNOWN_RATER)
-        if self._policies.same_ranking != "keep":
-            key = same_key(ranking)
-            self._files["same_ranking"][key[0] >> 4].write(key + number)
-        if self._policies.last_turn != "keep" and len(ranking.prompt) > 2 and (turns := turns_of(ranking.prompt)):
-            self._files["last_turn"][turns.before[0] >> 4].write(turns.before + turns.last + number)
-        self._added += 1
-        if self._policies.near_duplicates != "keep":
-            self._texts.append((near_text(ranking), near_owner(ranking.rater_id, ranking.criterion)))
-            if len(self._texts) >= _BATCH:
-                self._pass_on()
-
-    def _pass_on(self) -> None:
-        if self._texts:
-            self._beside.call(self._write_bands, self._texts, self._added)
-            self._texts = []
-
-    def _write_bands(self, texts: list[tuple[str, bytes]], added: int) -> None:
-        """Writes the band keys of the last of so many rankings."""
-        keys = near_keys(texts)
-        bands = np.empty(keys.size, dtype=_BAND)
-        bands["key"] = keys.ravel()
-        bands["number"] = np.repeat(np.arange(added - len(keys), added, dtype=np.uint32), keys.shape[1])
-        file = (bands["key"] >> _BAND_BITS).astype(np.int64)
-        ends = np.cumsum(np.bincount(file, minlength=_FILES["near_duplicates"]))
-        parts = np.split(bands[np.argsort(file, kind="stable")], ends[:-1])
-        for part, target in zip(parts, self._files["near_duplicates"], strict=True):
-            target.write(part.tobytes())
+    def take(self, batch: Batch, origin: str, starts: NDArray[np.uint64]) -> None:
+        """Keeps the keys of rankings of the file `origin`, whose records begin at `starts` of the sort's files."""
+        places = batch.places
+        places["offset"] += starts[(places["high"].astype(np.uint64) >> np.uint64(58)).astype(np.int64)]
+        places["file"] = self._origins.setdefault(origin, len(self._origins))
+        self._places_file.write(places.tobytes())
+        self._known_rater += batch.known_rater
+        for kind, keys in batch.keys.items():
+            entries = keys.entries
+            entries["number"] += np.uint32(self._added)
+            first = 0
+            for file, count in zip(self._files[kind], keys.counts.tolist(), strict=True):
+                file.write(entries[first : first + count].tobytes())
+                first += count
+        self._added += len(places)
 
     # -- finding -------------------------------------------------------------------------------------------------------
 
     def find(self) -> None:
         """Finds what is alike among all that was added, and writes what must go by the files of the sort."""
-        self._pass_on()
-        self._beside.finish()
-        self.close()
-        self._places: Any = np.memmap(self._folder / "places", dtype=_PLACE, mode="r") if self._added else np.empty(0, _PLACE)
+        self._close_keys()
+        self._places_file.flush()
         self._origin_names = list(self._origins)
         self._again = np.zeros(self._added, dtype=bool)  # the same as another one, or near to it
         with open(self._folder / "out", "wb") as out:
@@ -162,7 +122,7 @@ class Alike:
 
     def _by_key(self, kind: str, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
         """The entries of each file that share their key with another one, by key; not those of what was found before."""
-        for number in range(_FILES[kind]):
+        for number in range(KEY_FILES[kind]):
             entries = np.fromfile(self._folder / f"{kind}-{number:02}", dtype=dtype)
             entries = entries[~self._again[entries["number"]]]
             entries = entries[np.argsort(entries["key"], kind="stable")]
@@ -175,7 +135,7 @@ class Alike:
 
     def _groups(self, entries: NDArray[Any], *fields: str) -> Iterator[NDArray[Any]]:
         """Entries of the same values in `fields`, each group by digest and without a record that comes again."""
-        places = self._places[entries["number"]]
+        places = self._places(entries["number"])
         order = np.lexsort((entries["number"], places["low"], places["high"], *(entries[name] for name in reversed(fields))))
         entries, places = entries[order], places[order]
         new = np.ones(len(entries), dtype=bool)
@@ -188,7 +148,7 @@ class Alike:
 
     def _same(self) -> Iterator[tuple[int, int, float]]:
         """Of each time one stays. A ranking whose time is not known is one of the others, wherever there are any."""
-        for entries in self._by_key("same_ranking", _KEY):
+        for entries in self._by_key("same_ranking", KEY):
             for group in self._groups(entries, "key", "rest"):
                 stays: dict[str, int] = {}
                 untimed = []
@@ -207,7 +167,7 @@ class Alike:
 
     def _turns(self) -> Iterator[tuple[int, int, float]]:
         """Of a conversation the rankings of the last turn with the smallest key stay."""
-        for entries in self._by_key("last_turn", _KEY):
+        for entries in self._by_key("last_turn", KEY):
             for group in self._groups(entries, "key"):
                 least = group["rest"].min()
                 first = int(group["number"][group["rest"] == least][0])
@@ -218,7 +178,7 @@ class Alike:
         """Candidates are compared with the first of theirs in each band, until one is near enough."""
         most = COMPARISONS if self._policies.near_duplicates == "report" else 2**62
         far: set[tuple[int, int]] = set()
-        for entries in self._by_key("near_duplicates", _BAND):
+        for entries in self._by_key("near_duplicates", BAND):
             for group in self._groups(entries, "key"):
                 first, *others = [number for number in group["number"].tolist() if not self._again[number]] or [-1]
                 for number in others:
@@ -234,13 +194,18 @@ class Alike:
                     elif len(far) < COMPARISONS:
                         far.add((first, number))
 
+    def _places(self, numbers: Iterable[int]) -> NDArray[Any]:
+        """Read, not mapped: pages that were once looked at would stay in memory."""
+        file, size = self._places_file.fileno(), PLACE.itemsize
+        return np.frombuffer(b"".join([os.pread(file, size, int(number) * size) for number in numbers]), dtype=PLACE)
+
     def _record(self, number: int) -> dict[str, Any]:
-        place = self._places[number]
+        (place,) = self._places([number])
         record: dict[str, Any] = orjson.loads(self._record_at(int(place["high"]) >> 56, int(place["offset"])))
         return record
 
     def _origin(self, number: int) -> tuple[str, int]:
-        place = self._places[number]
+        (place,) = self._places([number])
         return self._origin_names[int(place["file"])], int(place["row"])
 
     def _named(self, number: int) -> dict[str, Any]:
@@ -252,15 +217,16 @@ class Alike:
     def kept(self, records: Iterable[tuple[bytes, bytes]], quarantine: Quarantine) -> Iterator[tuple[bytes, bytes]]:
         """The records, by digest, but for those that must go; those that a policy quarantines are given to `quarantine`."""
         out = np.fromfile(self._folder / "out", dtype=_OUT)
-        high = self._places["high"][out["number"]]
-        out = out[np.lexsort((out["kind"], high))]
-        firsts = (self._places["high"][out["number"]] >> np.uint64(56)).astype(np.int64)
+        places = self._places(out["number"])
+        order = np.lexsort((out["kind"], places["high"]))
+        out, places = out[order], places[order]
+        firsts = (places["high"].astype(np.uint64) >> np.uint64(56)).astype(np.int64)
         byte, gone = -1, dict[bytes, Any]()
         for digest, record in records:
             if digest[0] != byte:
                 byte, gone = digest[0], {}
-                for entry in out[np.searchsorted(firsts, byte) : np.searchsorted(firsts, byte, side="right")]:
-                    gone.setdefault(self._places[int(entry["number"])].tobytes()[:16], entry)
+                for number in range(np.searchsorted(firsts, byte), np.searchsorted(firsts, byte, side="right")):
+                    gone.setdefault(places[number].tobytes()[:16], out[number])
             entry = gone.get(digest[:16]) if gone else None
             if entry is None:
                 yield digest, record

@@ -1,6 +1,6 @@
-"""Work beside the reading of rows, in a thread: what leaves Python's lock, such as unpacking, MinHash and Parquet.
+"""Work beside the reading of rows, in a thread: what leaves Python's lock, such as unpacking and Parquet.
 
-Of a ranking of 1 KB that is a third of the time. Neither thread outlives its owner by more than the call that it is in.
+Neither thread outlives its owner by more than the call that it is in.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ from components.rlhf.records import Message
 
 def check_prompt(prompt: list[Message]) -> None:
     """At least one message, none blank, the last one the user's."""
-    if not any(message["content"].strip() for message in prompt):
+    said = [message["content"].strip() for message in prompt]
+    if not any(said):
         raise Rejected("empty prompt", shown(prompt))
-    for number, message in enumerate(prompt):
-        if not message["content"].strip():
-            raise Rejected("empty turn in the prompt", f"turn {number + 1}, {message['role']}")
+    if not all(said):
+        number = next(number for number, text in enumerate(said) if not text)
+        raise Rejected("empty turn in the prompt", f"turn {number + 1}, {prompt[number]['role']}")
     if prompt[-1]["role"] != "user":
         raise Rejected("prompt does not end with the user", f"last role {prompt[-1]['role']}")
 
@@ -24,12 +25,15 @@ def check_completions(completions: list[Any]) -> None:
     """K >= 2 texts, none blank, no two the same but for white space around them."""
     if len(completions) < 2:
         raise Rejected("fewer than two completions", shown(completions))
+    said = set()
     for number, text in enumerate(completions):
         if not isinstance(text, str):
             raise Rejected("a completion is not a text", f"completion {number + 1}: {shown(text)}")
-        if not text.strip():
+        bare = text.strip()
+        if not bare:
             raise Rejected("empty completion", f"completion {number + 1}: {shown(text)}")
-    if len({text.strip() for text in completions}) == len(completions):
+        said.add(bare)
+    if len(said) == len(completions):
         return
     seen: dict[str, int] = {}
     for number, text in enumerate(completions):
@@ -59,6 +63,8 @@ def optional_text(row: dict[str, Any], field: str) -> str | None:
     value = row.get(field)
     if value is None:
         return None
+    if isinstance(value, str) and value.isascii() and value.strip():
+        return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
@@ -75,6 +81,8 @@ def utc_time(value: Any) -> str | None:
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
         if not isinstance(moment, datetime) or moment.tzinfo is None:
             raise ValueError
+        if moment.tzinfo is UTC:  # as most are: no arithmetic
+            return moment.isoformat().removesuffix("+00:00") + "Z"
         return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
     except (ValueError, OverflowError) as error:
         raise Rejected("collected_at is not a time with a zone", f"{shown(value)}; expected like 2026-01-31T12:00:00Z") from error

@@ -36,6 +36,7 @@ from components.rlhf.records import ROLES, UNKNOWN_RATER, Message, Ranking, Spli
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPT = re.compile(r"\s*(Human|Assistant):")
+_TURN_FIELDS = frozenset({"role", "content"})
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _DETAILS = ("ranking_id", "rater_id", "source", "collected_at", "confidence", "policies", "criterion", "split")
 FIELDS: dict[str, frozenset[str]] = {
@@ -159,6 +160,8 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _ignored(row: dict[str, Any], known: frozenset[str]) -> list[str]:
+    if row.keys() <= known:
+        return []
     return sorted(str(key) for key, value in row.items() if key not in known and value is not None)
 
 
@@ -181,17 +184,17 @@ def recognise(row: dict[str, Any]) -> str:
     Raises:
         Rejected: it has none.
     """
-    given = {key for key, value in row.items() if value is not None}
-    if {"chosen", "rejected"} <= given:
+    if row.get("chosen") is not None and row.get("rejected") is not None:
         texts = [row["chosen"], row["rejected"]]
         transcripts = all(isinstance(text, str) for text in texts) and any(_TRANSCRIPT.match(text) for text in texts)
-        return "hh" if transcripts and "prompt" not in given else "pairs"
+        return "hh" if transcripts and row.get("prompt") is None else "pairs"
     plain = isinstance(row.get("completions"), list) and all(isinstance(each, str) for each in row["completions"])
-    if plain and "ranks" in given:
-        return "rankloop" if "scores" not in given else "kway"
+    if plain and row.get("ranks") is not None:
+        return "rankloop" if row.get("scores") is None else "kway"
     for name, export in EXPORTS.items():
         if export.recognises(row):
             return name
+    given = {key for key, value in row.items() if value is not None}
     if "completions" in given:
         return "rankloop" if plain and "scores" not in given else "kway"
     raise Rejected(
@@ -233,6 +236,9 @@ def _messages(value: Any, name: str) -> list[Message]:
         raise Rejected(f"{name} is neither a text nor a list of messages", shown(value))
     result: list[Message] = []
     for each in value:
+        if isinstance(each, dict) and each.keys() == _TURN_FIELDS and isinstance(each["content"], str) and each["role"] in ROLES:
+            result.append({"role": each["role"], "content": each["content"]})
+            continue
         given = {key for key, item in each.items() if item is not None} if isinstance(each, dict) else set()
         if given != {"role", "content"} or not isinstance(each["content"], str) or each["role"] not in ROLES:
             raise Rejected(f"a message of {name} is not a role ({', '.join(ROLES)}) with a text as content", shown(each))
@@ -328,6 +334,8 @@ def _whole_numbers(ranks: Any) -> list[int]:
     """Ranks as integers; 2.0 is one, as tables with a missing value store it; True, "2" and 1.5 are not."""
     if not isinstance(ranks, list):
         raise Rejected("ranks are not a list", shown(ranks))
+    if set(map(type, ranks)) == {int}:
+        return ranks
     for rank in ranks:
         if isinstance(rank, bool) or not isinstance(rank, (int, float)) or (isinstance(rank, float) and not rank.is_integer()):
             raise Rejected("a rank is not an integer", shown(rank))

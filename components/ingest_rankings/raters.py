@@ -70,7 +70,7 @@ class Raters:
     """
 
     def __init__(self, salt: str = "", columns: Mapping[str, str] | None = None) -> None:
-        self._salt = salt
+        self.salt = salt
         self._known: dict[str, str] = {}
         expression = (columns or {}).get("rater_id")
         self._fields = set(_fields_of(jmespath.compile(expression).parsed)) if expression else set()
@@ -78,18 +78,18 @@ class Raters:
 
     def named(self, rater_id: str) -> str:
         """What the rater is called in the snapshot."""
-        if not self._salt:
+        if not self.salt:
             return rater_id
         found = self._known.get(rater_id)
         if found is None:
             if len(self._known) >= KNOWN:
                 self._known.clear()
-            found = self._known[rater_id] = pseudonym(rater_id, self._salt)
+            found = self._known[rater_id] = pseudonym(rater_id, self.salt)
         return found
 
     def in_ranking_id(self, ranking_id: str, rater_id: str) -> str:
         """The id of a ranking with the pseudonym where the rater's own id is a word of it."""
-        if not self._salt or rater_id == UNKNOWN_RATER or rater_id not in ranking_id:
+        if not self.salt or rater_id == UNKNOWN_RATER or rater_id not in ranking_id:
             return ranking_id
         return _word(rater_id).sub(self.named(rater_id), ranking_id)
 
@@ -98,7 +98,7 @@ class Raters:
 
         What is no JSON object, such as a line that is cut off, has no fields to know a person by: it is kept by file and row alone.
         """
-        if not self._salt:
+        if not self.salt:
             return problem, raw
         try:
             value = orjson.loads(raw) if isinstance(raw, bytes) else raw

@@ -35,6 +35,7 @@ else:
     from backports import zstd
 
 READ_BYTES = 2**18  # of a stream at a time
+BLOCK_BYTES = 2**19  # of lines that are looked at together
 TABLE_ROWS = 256  # of a table in memory at a time
 PEEK_BYTES = 64
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -62,6 +63,9 @@ class Rejected(ValueError):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.detail)
+
 
 class Row(NamedTuple):
     """One row of a file. `number` is its line, or its place in a table, from 1; `value` is None where there is a problem."""
@@ -71,6 +75,15 @@ class Row(NamedTuple):
     raw: Any
     problem: Rejected | None = None
 
+
+class Lines(NamedTuple):
+    """Whole lines of JSON that nobody has looked at; `number` is that of the first, and the last may lack its end."""
+
+    number: int
+    data: bytes
+
+
+Block = Lines | list[Row]  # consecutive rows of a file
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict = 2, 6, 6
@@ -83,7 +96,17 @@ def shown(value: Any) -> str:
 
 
 def read_rows(stream: BinaryIO, uri: str, scratch: Path, max_row_bytes: int) -> Iterator[Row]:
-    """The rows of one file.
+    """The rows of `read_blocks`, one by one."""
+    for block in read_blocks(stream, uri, scratch, max_row_bytes):
+        yield from rows_of(block, max_row_bytes)
+
+
+def rows_of(block: Block, max_row_bytes: int) -> Iterable[Row]:
+    return parse_lines(block, max_row_bytes) if isinstance(block, Lines) else block
+
+
+def read_blocks(stream: BinaryIO, uri: str, scratch: Path, max_row_bytes: int) -> Iterator[Block]:
+    """The rows of one file, many at a time. What comes before a place that cannot be read is given first.
 
     Args:
         stream: the file's bytes; it need not be seekable.
@@ -104,9 +127,9 @@ def read_rows(stream: BinaryIO, uri: str, scratch: Path, max_row_bytes: int) -> 
             ahead = ReadAhead(unpacked, READ_BYTES)
             buffered = io.BufferedReader(cast(io.RawIOBase, _Raw(cast(BinaryIO, ahead))), READ_BYTES)
             start = buffered.peek(PEEK_BYTES)[:PEEK_BYTES]
-        for row in _rows(buffered, start, uri, scratch, max_row_bytes):
-            last = row.number
-            yield row
+        for block in _blocks(buffered, start, uri, scratch, max_row_bytes):
+            last = _last_number(block)
+            yield block
     except _BROKEN_PACKING as error:
         raise DoNotRetry(f"{uri}: its compressed data breaks after row {last} ({error})", _CUT_OFF) from error
     finally:
@@ -114,24 +137,47 @@ def read_rows(stream: BinaryIO, uri: str, scratch: Path, max_row_bytes: int) -> 
             ahead.close()
 
 
+def _last_number(block: Block) -> int:
+    if isinstance(block, Lines):
+        return block.number + block.data.count(b"\n") - block.data.endswith(b"\n")
+    return block[-1].number
+
+
+def batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Some rows at a time; those before an error are given first."""
+    batch: list[Row] = []
+    try:
+        for row in rows:
+            batch.append(row)
+            if len(batch) >= TABLE_ROWS:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
 _CUT_OFF = "the file is cut off or damaged: copy it here again. Nothing was ingested, for the number of lost rows is unknown"
 
 
-def _rows(stream: io.BufferedReader[Any], start: bytes, uri: str, scratch: Path, max_row_bytes: int) -> Iterator[Row]:
+def _blocks(stream: io.BufferedReader[Any], start: bytes, uri: str, scratch: Path, max_row_bytes: int) -> Iterator[Block]:
     """The rows of unpacked bytes that begin with `start`."""
     for magic, kind in _UNREADABLE.items():
         if start.startswith(magic):
             raise DoNotRetry(f"{uri} is {kind}", "give JSON, CSV, Parquet or Arrow, plain or packed with gzip or zstd")
     if start.startswith(PARQUET_MAGIC):
-        return _parquet_rows(stream, uri, scratch)
+        return batched(_parquet_rows(stream, uri, scratch))
     if start.startswith((ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC)):
-        return _arrow_rows(stream, uri, scratch, start.startswith(ARROW_FILE_MAGIC))
+        return batched(_arrow_rows(stream, uri, scratch, start.startswith(ARROW_FILE_MAGIC)))
     if start.startswith(UTF8_MARK):
         stream.read(len(UTF8_MARK))
     if delimiter := delimiter_of(uri):
-        return csv_rows(stream, uri, delimiter, max_row_bytes)
+        return batched(csv_rows(stream, uri, delimiter, max_row_bytes))
     if _ARRAY.match(start.removeprefix(UTF8_MARK)):
-        return _array_rows(stream, uri)
+        return batched(_array_rows(stream, uri))
     return _lines(stream, max_row_bytes)
 
 
@@ -158,19 +204,56 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
-def _lines(stream: io.BufferedReader[Any], max_row_bytes: int) -> Iterator[Row]:
+def _lines(stream: io.BufferedReader[Any], max_row_bytes: int) -> Iterator[Block]:
+    """Whole lines, some `BLOCK_BYTES` of them, and each that is too long by itself."""
+    number, pieces, size = 1, list[bytes](), 0
+    while True:
+        try:
+            chunk = stream.read1(READ_BYTES)
+        except _BROKEN_PACKING:
+            whole = b"".join(pieces)
+            if end := whole.rfind(b"\n") + 1:
+                yield Lines(number, whole[:end])
+            raise
+        pieces.append(chunk)
+        size += len(chunk)
+        end = chunk.rfind(b"\n") + 1
+        if chunk and not (end and size >= BLOCK_BYTES) and (end or size <= max(max_row_bytes, BLOCK_BYTES)):
+            continue
+        data = b"".join(pieces)
+        end = data.rfind(b"\n") + 1 if chunk else len(data)
+        if end:
+            yield Lines(number, data[:end])
+            number += data.count(b"\n", 0, end)
+        rest = data[end:]
+        if len(rest) > max_row_bytes:
+            size, after = _skip(stream, len(rest))
+            yield [_too_long(number, rest[: max_row_bytes + 1], size, max_row_bytes)]
+            number, rest = number + 1, after
+        pieces, size = [rest], len(rest)
+        if not chunk:
+            return
+
+
+def _skip(stream: io.BufferedReader[Any], size: int) -> tuple[int, bytes]:
+    """Reads on to the end of a line of which `size` bytes are read: its bytes, and what was read behind it."""
+    while chunk := stream.read1(READ_BYTES):
+        end = chunk.find(b"\n") + 1
+        if end:
+            return size + end, chunk[end:]
+        size += len(chunk)
+    return size, b""
+
+
+def _too_long(number: int, line: bytes, size: int, max_row_bytes: int) -> Row:
+    return Row(number, None, line, Rejected("row too long", f"{size} bytes; max_row_bytes = {max_row_bytes}"))
+
+
+def parse_lines(lines: Lines, max_row_bytes: int) -> Iterator[Row]:
     """Blank lines are no rows."""
-    number = 0
-    while line := stream.readline(max_row_bytes + 1):
-        number += 1
-        if len(line) > max_row_bytes and not line.endswith(b"\n"):
-            size = len(line)
-            while rest := stream.readline(READ_BYTES):
-                size += len(rest)
-                if rest.endswith(b"\n"):
-                    break
-            problem = Rejected("row too long", f"{size} bytes; max_row_bytes = {max_row_bytes}")
-            yield Row(number, None, line, problem)
+    for number, line in enumerate(io.BytesIO(lines.data), lines.number):
+        if len(line) - line.endswith(b"\n") > max_row_bytes:
+            yield _too_long(number, line[: max_row_bytes + 1], len(line), max_row_bytes)
         elif line.strip():
             yield parse_line(number, line)
 

@@ -9,29 +9,26 @@ there are, and on nothing else.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
-import orjson
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.json import ParseOptions, ReadOptions, read_json
 
-from components.ingest_rankings.alike import UNLOOKED, Alike, Policies
+from components.ingest_rankings.alike import Alike
+from components.ingest_rankings.batches import COUNT_FILES, DIGEST_BYTES, RECORD_FILES, UNLOOKED, Batch, Policies, prepare
 from components.ingest_rankings.beside import Beside
-from components.ingest_rankings.formats import canonical
 from components.ingest_rankings.quarantine import Quarantine
 from components.rlhf.records import SCHEMA, Ranking
 
-RECORD_FILES = 64  # with 10 million rankings 160,000 digests are sorted at a time, in 25 MB
 RATERS_KNOWN = 100_000  # of whom nothing is written again; a rater who is forgotten is
-COUNT_FILES = 16  # of prompts, and of raters; 96 open files are well below the 256 that some systems allow a process
-DIGEST_BYTES = 32
+BATCH_ROWS = 512  # made ready for the sort at a time
 GROUP_ROWS, GROUP_BYTES = 1000, 2 * 2**20  # of a Parquet row group, in records and their JSON
 PART_ROWS, PART_BYTES = 200_000, 256 * 2**20  # of a Parquet file
 _BUFFER_BYTES = 2**14  # of each partition's file
@@ -46,20 +43,24 @@ class Snapshot(NamedTuple):
 
 
 class _Partitions:
-    """Append-only files; what is written goes to one of them by the first bits of its first byte."""
+    """Append-only files; what begins with one of 256 bytes goes to one of them by its first bits."""
 
     def __init__(self, folder: Path, files: int) -> None:
         folder.mkdir(parents=True)
         self._width = 256 // files
         self.paths = [folder / f"{number:02x}" for number in range(files)]
         self._files = [open(path, "wb", buffering=_BUFFER_BYTES) for path in self.paths]
+        self.sizes = np.zeros(files, dtype=np.uint64)
 
-    def append(self, data: bytes) -> int:
-        """Its offset in its file."""
-        file = self._files[data[0] // self._width]
-        offset = file.tell()
-        file.write(data)
-        return offset
+    def append(self, parts: Sequence[bytes]) -> None:
+        """One part for each file."""
+        for file, part in zip(self._files, parts, strict=True):
+            if part:
+                file.write(part)
+        self.sizes += np.array([len(part) for part in parts], dtype=np.uint64)
+
+    def append_one(self, data: bytes) -> None:
+        self._files[data[0] // self._width].write(data)
 
     def path_of(self, first: int) -> Path:
         """The file of what begins with this byte."""
@@ -86,6 +87,9 @@ class SnapshotWriter:
         self._prompts = _Partitions(folder / "prompts", COUNT_FILES)
         self._raters = _Partitions(folder / "raters", COUNT_FILES)
         self._known_raters: set[str] = set()
+        self._policies = policies
+        self._waiting: list[tuple[Ranking, int]] = []
+        self._origin = ""
 
     def __enter__(self) -> SnapshotWriter:
         return self
@@ -101,17 +105,33 @@ class SnapshotWriter:
 
     def add(self, ranking: Ranking, origin: str = "", row: int = 0) -> None:
         """Takes a ranking that stands in `row` of the file `origin`."""
-        record = canonical(ranking._asdict())
-        digest = hashlib.sha256(record).digest()
-        offset = self._records.append(digest + len(record).to_bytes(4, "big") + record)
-        self.alike.add(ranking, digest, offset, origin, row)
-        self._prompts.append(hashlib.sha256(orjson.dumps(ranking.prompt)).digest())
-        if ranking.rater_id not in self._known_raters:
+        if origin != self._origin or len(self._waiting) >= BATCH_ROWS:
+            self._take_waiting()
+            self._origin = origin
+        self._waiting.append((ranking, row))
+        self.added += 1
+
+    def _take_waiting(self) -> None:
+        if self._waiting:
+            rankings, rows = zip(*self._waiting, strict=True)
+            self._waiting = []
+            self._write(prepare(rankings, rows, self._policies), self._origin)
+
+    def take(self, batch: Batch, origin: str) -> None:
+        """Takes rankings of the file `origin` that are made ready by the same policies."""
+        self._take_waiting()
+        self._write(batch, origin)
+        self.added += len(batch.places)
+
+    def _write(self, batch: Batch, origin: str) -> None:
+        self.alike.take(batch, origin, self._records.sizes)
+        self._records.append(batch.records)
+        self._prompts.append(batch.prompts)
+        for rater_id in sorted(batch.raters - self._known_raters):
             if len(self._known_raters) >= RATERS_KNOWN:
                 self._known_raters.clear()
-            self._known_raters.add(ranking.rater_id)
-            self._raters.append(hashlib.sha256(ranking.rater_id.encode()).digest())
-        self.added += 1
+            self._known_raters.add(rater_id)
+            self._raters.append_one(hashlib.sha256(rater_id.encode()).digest())
 
     def _close_read(self) -> None:
         for file in self._read.values():
@@ -127,6 +147,7 @@ class SnapshotWriter:
 
     def kept_records(self, quarantine: Quarantine) -> Iterator[tuple[bytes, bytes]]:
         """`sorted_records` without those that the policies for rankings that are alike drop or quarantine."""
+        self._take_waiting()
         self._close()
         self.alike.find()
         self._close_read()
@@ -134,14 +155,16 @@ class SnapshotWriter:
 
     def sorted_records(self) -> Iterator[tuple[bytes, bytes]]:
         """(digest, canonical JSON) of every distinct ranking, in order of digest. To be read once: files go when done."""
+        self._take_waiting()
         self._close()
         for path in self._records.paths:
             if path.stat().st_size:
-                with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                with open(path, "rb", buffering=_BUFFER_BYTES) as file:
+                    places = sorted(_places(file))
                     last = b""
-                    for digest, start, size in sorted(_places(data)):
-                        if digest != last:
-                            yield digest, data[start : start + size]
+                    for digest, start, size in places:
+                        if digest != last:  # read, not mapped: the pages of a mapped file count as memory until it is closed
+                            yield digest, os.pread(file.fileno(), size, start)
                         last = digest
             path.unlink()
 
@@ -162,16 +185,15 @@ class SnapshotWriter:
         return Snapshot(whole.hexdigest(), facts.rankings, marker)
 
 
-def _places(data: mmap.mmap) -> list[tuple[bytes, int, int]]:
+def _places(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     """(digest, offset, size) of each record of a partition."""
-    places = []
-    start, end = 0, len(data)
-    while start < end:
-        head = start + DIGEST_BYTES
-        digest, size = data[start:head], int.from_bytes(data[head : head + 4], "big")
-        places.append((digest, head + 4, size))
-        start = head + 4 + size
-    return places
+    start = 0
+    while head := file.read(DIGEST_BYTES + 4):
+        size = int.from_bytes(head[DIGEST_BYTES:], "big")
+        start += len(head)
+        yield head[:DIGEST_BYTES], start, size
+        start += size
+        file.seek(size, os.SEEK_CUR)
 
 
 def _distinct(partitions: _Partitions) -> int:
@@ -224,7 +246,7 @@ class _Parts:
         self._records: list[bytes] = []
         self._bytes = self._part_rows = self._part_bytes = self._parts = 0
         self._writer: pq.ParquetWriter | None = None
-        self._beside = Beside()
+        self._tables, self._beside = Beside(), Beside()  # one makes tables, which the other writes
 
     def __enter__(self) -> _Parts:
         return self
@@ -233,8 +255,10 @@ class _Parts:
         try:
             if kind is None:
                 self._flush()
+                self._tables.finish()
                 self._beside.finish()
         finally:
+            self._tables.close()
             self._beside.close()
             self._end_part()
 
@@ -245,20 +269,22 @@ class _Parts:
             self._flush()
             if self._part_rows >= PART_ROWS or self._part_bytes >= PART_BYTES:
                 self._part_rows = self._part_bytes = 0
-                self._beside.call(self._end_part)
+                self._tables.call(self._beside.call, self._end_part)
 
     def _flush(self) -> None:
         if self._records:
-            self._beside.call(self._write, self._records)
+            self._tables.call(self._make, self._records)
             self._part_rows, self._part_bytes = self._part_rows + len(self._records), self._part_bytes + self._bytes
             self._records, self._bytes = [], 0
 
-    def _write(self, records: list[bytes]) -> None:
+    def _make(self, records: list[bytes]) -> None:
+        self._beside.call(self._write, _table(records))
+
+    def _write(self, table: pa.Table) -> None:
         if self._writer is None:
             path = self._folder / f"part-{self._parts:05d}.parquet"
             self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
             self._parts += 1
-        table = _table(records)
         self._facts.count(table)
         self._writer.write_table(table)
 

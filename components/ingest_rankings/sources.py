@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from components.ingest_rankings.rows import DELIMITERS, PACKED, READ_BYTES, TABLE_ROWS, Row, read_rows, table_rows
+from components.ingest_rankings.rows import DELIMITERS, PACKED, READ_BYTES, TABLE_ROWS, Block, Row, batched, read_blocks, table_rows
 from components.services.exits import DoNotRetry, Retry
 from components.services.storage import MARKER, Storage, StoredObject
 
@@ -35,13 +35,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file (or one split of a dataset). `rows` opens it and yields its rows.
+    """One file (or one split of a dataset). `blocks` opens it and yields its rows.
 
     Of an S3 object, `stored` is what the listing said; once the rows have been read to their end, `sha256` has seen every byte.
     """
 
     uri: str
-    rows: Callable[[], Iterator[Row]]
+    blocks: Callable[[], Iterator[Block]]
     stored: StoredObject | None = None
     sha256: Any = None
 
@@ -77,7 +77,7 @@ def find_source(uri: str, storage: Storage, scratch: Path, max_row_bytes: int) -
             files, skipped = _saved_files(folder), []
         else:
             paths, skipped = _paths(folder)
-            files = [SourceFile(str(p), partial(_local_rows, p, scratch, max_row_bytes)) for p in paths]
+            files = [SourceFile(str(p), partial(_local_blocks, p, scratch, max_row_bytes)) for p in paths]
     if not files:
         beside = f"; skipped: {', '.join(skipped[:5])}" if skipped else ""
         raise DoNotRetry(f"rankings = {uri!r}: no data file there{beside}", f"give files that end in {', '.join(SUFFIXES)}")
@@ -138,16 +138,16 @@ def _paths(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _opened(path: Path) -> Any:
-    """The file unbuffered, for `read_rows` buffers; Python's own buffer would read on from a slow pipe without minding a signal."""
+    """The file unbuffered: `read_blocks` buffers, and Python's own buffer would not mind a signal while it reads a slow pipe."""
     try:
         return open(path, "rb", buffering=0)
     except PermissionError as error:
         raise DoNotRetry(f"{path} cannot be read: {error.strerror}", "give this user the right to read it") from error
 
 
-def _local_rows(path: Path, scratch: Path, max_row_bytes: int) -> Iterator[Row]:
+def _local_blocks(path: Path, scratch: Path, max_row_bytes: int) -> Iterator[Block]:
     with _opened(path) as stream:
-        yield from read_rows(stream, str(path), scratch, max_row_bytes)
+        yield from read_blocks(stream, str(path), scratch, max_row_bytes)
 
 
 # -- S3 --------------------------------------------------------------------------------------------------------------------
@@ -170,13 +170,13 @@ def _objects(uri: str, storage: Storage) -> tuple[list[StoredObject], list[str]]
 
 def _object_file(item: StoredObject, storage: Storage, scratch: Path, max_row_bytes: int) -> SourceFile:
     sha256 = hashlib.sha256()
-    return SourceFile(item.uri, partial(_object_rows, item, sha256, storage, scratch, max_row_bytes), item, sha256)
+    return SourceFile(item.uri, partial(_object_blocks, item, sha256, storage, scratch, max_row_bytes), item, sha256)
 
 
-def _object_rows(item: StoredObject, sha256: Any, storage: Storage, scratch: Path, max_row_bytes: int) -> Iterator[Row]:
+def _object_blocks(item: StoredObject, sha256: Any, storage: Storage, scratch: Path, max_row_bytes: int) -> Iterator[Block]:
     with storage.open_read(item.uri, item.etag) as stream:
         seen = _Hashed(stream, sha256)
-        yield from read_rows(cast(BinaryIO, seen), item.uri, scratch, max_row_bytes)
+        yield from read_blocks(cast(BinaryIO, seen), item.uri, scratch, max_row_bytes)
         while seen.read(READ_BYTES):  # what stands behind the rows
             pass
 
@@ -213,15 +213,15 @@ def _saved_files(folder: Path) -> list[SourceFile]:
         raise DoNotRetry(f"{folder} is not a complete folder of Dataset.save_to_disk: {error}", "save it again") from error
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"": loaded}
     return [
-        SourceFile(f"{folder}:{name}" if name else str(folder), partial(_saved_rows, split))
+        SourceFile(f"{folder}:{name}" if name else str(folder), partial(_saved_blocks, split))
         for name, split in sorted(splits.items())
     ]
 
 
-def _saved_rows(dataset: Any) -> Iterator[Row]:
+def _saved_blocks(dataset: Any) -> Iterator[Block]:
     tables = dataset.with_format("arrow").iter(batch_size=TABLE_ROWS)
     batches = (batch for table in tables for batch in table.combine_chunks().to_batches())
-    return table_rows(batches, as_stored=True)
+    return batched(table_rows(batches, as_stored=True))
 
 
 def _hub_name(uri: str) -> _HubName:
@@ -240,14 +240,13 @@ def _hub_files(hub: _HubName) -> list[SourceFile]:
     splits = dict(loaded) if isinstance(loaded, IterableDatasetDict) else {hub.split: loaded}
     revision = f"@{hub.revision}" if hub.revision else ""
     return [
-        SourceFile(f"hf://{hub.name}{revision}:{name}", partial(_hub_rows, hub, split)) for name, split in sorted(splits.items())
+        SourceFile(f"hf://{hub.name}{revision}:{name}", partial(_hub_blocks, hub, split)) for name, split in sorted(splits.items())
     ]
 
 
-def _hub_rows(hub: _HubName, dataset: Any) -> Iterator[Row]:
+def _hub_blocks(hub: _HubName, dataset: Any) -> Iterator[Block]:
     with _HubErrors(hub):
-        for number, value in enumerate(dataset, 1):
-            yield Row(number, value, value)
+        yield from batched(Row(number, value, value) for number, value in enumerate(dataset, 1))
 
 
 def _hub_commit(hub: _HubName) -> str:

@@ -28,13 +28,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from components.ingest_rankings.alike import UNLOOKED, Near, Policies, SameRanking
+from components.ingest_rankings.batches import UNLOOKED, Near, Policies, SameRanking
 from components.ingest_rankings.exports.columns import column_map
 from components.ingest_rankings.formats import FORMS
 from components.ingest_rankings.groups import Grouping
@@ -42,7 +43,7 @@ from components.ingest_rankings.personal_data.find import check_region
 from components.ingest_rankings.personal_data.policy import PersonalData, Policy
 from components.ingest_rankings.quarantine import Quarantine
 from components.ingest_rankings.raters import Raters, salt_of
-from components.ingest_rankings.reading import NAMES_KEPT, all_rows, sort_out
+from components.ingest_rankings.reading import NAMES_KEPT, all_blocks, sort_out
 from components.ingest_rankings.rows import DECLINED
 from components.ingest_rankings.shards import WHOLE, files_of, reports_of, shard_of, take_over, together
 from components.ingest_rankings.snapshot import SnapshotWriter
@@ -93,6 +94,9 @@ class Config(Settings):
     """Bytes of a JSON line; a longer one is quarantined."""
     max_quarantined: int = Field(10_000, ge=0)
     """Rows kept in quarantine.jsonl; further ones are counted with their reasons but not kept."""
+    processes: int = Field(0, ge=0, le=64)
+    """Processes that read rows; 1 for none but the stage's own, 0 for one for each core, 8 at most. They change no result."""
+    RUNTIME_ONLY = frozenset({"processes"})
 
     def policies(self) -> Policies:
         """A shard looks for nothing that is alike: it may lie in another one."""
@@ -220,7 +224,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     if context.storage.is_published(snapshot_uri):
         _log.info("the snapshot is there already: %s", snapshot_uri)
     else:
-        context.storage.publish_folder(context.scratch / "snapshot", snapshot_uri, {**snapshot.marker, "parents": parents})
+        marker = {**snapshot.marker, "rater_salt_fingerprint": raters.fingerprint, "parents": parents}
+        context.storage.publish_folder(context.scratch / "snapshot", snapshot_uri, marker)
     counts = {"read": gathered.read, "accepted": snapshot.rankings, "duplicates": duplicates, "quarantined": reasons.total()}
     report = context.marker(
         "ingest",
@@ -264,8 +269,9 @@ def _read(
     known = before.files if before else {}
     new = source._replace(files=[file for file in source.files if file.uri not in known])
     ignored: Counter[str] = Counter()
-    rows = context.progress.track(all_rows(new), None, "rows read")
-    files = sort_out(new, rows, config, writer, quarantine, personal, raters, ignored, context.scratch / "groups")
+    track = partial(context.progress.track, total=None, what="rows read")
+    groups = context.scratch / "groups"
+    files = sort_out(new, all_blocks(new), config, writer, quarantine, personal, raters, ignored, groups, track)
     if before:
         context.storage.fetch_folder(before.snapshot_uri, context.scratch / "parent")
         for row, ranking in enumerate(iterate_snapshot(context.scratch / "parent"), 1):

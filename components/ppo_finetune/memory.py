@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
+import torch
+
 from components.ppo_finetune.roles import trunk_layers
 from components.rlhf.adapters import ADAPTER_FOLDER, AdapterShape, adapter_bytes, adapter_shape
 from components.rlhf.memory import (
@@ -28,6 +30,9 @@ from components.rlhf.rollout import PREFILL_MICRO_BATCHES
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+VLLM_BLOCK_TOKENS = 128  # in which vLLM hands out its cache on a CPU; a completion's last one is not full
+VLLM_OWN_BYTES = 2**30  # of the process on a CPU, beside weights and cache: 0.9 to 1.2 GiB seen
+
 
 class Knobs(Protocol):
     """What the plan needs of the stage's configuration."""
@@ -40,6 +45,8 @@ class Knobs(Protocol):
     lora_rank: int
     lora_layers: int
     precision: Literal["float32", "bfloat16"]
+    rollout_engine: Literal["torch", "vllm"]
+    vllm_memory_fraction: float
 
 
 class Scorer(NamedTuple):
@@ -62,7 +69,11 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
     found = [Scorer(adapter_bytes(f), adapter_shape(f / ADAPTER_FOLDER)) if knobs.lora_rank else Scorer() for f in scorers]
     config, kind = AutoConfig.from_pretrained(sft), device().type
     held = Share("process", "held before the models are loaded", held_bytes())
-    return [held, *update_shares(knobs, config, found, max(prompt_tokens), weights_file_bytes(sft), kind)]
+    shares = [held, *update_shares(knobs, config, found, max(prompt_tokens), weights_file_bytes(sft), kind)]
+    if knobs.rollout_engine == "vllm":
+        tokens = max(prompt_tokens) + knobs.max_new_tokens
+        shares.append(Share("vLLM", "a process of its own: weights and cache", vllm_bytes(knobs, config, tokens)))
+    return shares
 
 
 def update_shares(
@@ -117,12 +128,25 @@ def update_shares(
     prefill += forward_bytes(role, prefill_rows, prompt_tokens)
     sampling = cache_bytes(config, knobs.precision, samples, tokens) * (layers + 1) // layers
     sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64
-    phases = [
-        Share("update", "gradient and activations", backward),
-        Share("update", "cache of the rollout", sampling),
-        Share("update", "the prompts' cache and one layer's activations", prefill),
-    ]
+    phases = [Share("update", "gradient and activations", backward)]
+    if knobs.rollout_engine == "torch":
+        phases.append(Share("update", "cache of the rollout", sampling))
+        phases.append(Share("update", "the prompts' cache and one layer's activations", prefill))
     if kind == "cpu":  # the base's file is mapped while it is read, and most of the other shares are not there yet
         later = sum(share.bytes for share in shares if share.role not in ("process", "reference"))
         phases.append(Share("start", "weights in their file, beyond what comes later", file_bytes - later))
     return [*shares, max(phases, key=lambda share: share.bytes)]
+
+
+def vllm_cache_bytes(knobs: Knobs, config: PretrainedConfig, tokens: int) -> int:
+    """Keys and values of all completions of an update, of `tokens` tokens with their prompts, in vLLM's blocks."""
+    rows = knobs.batch_prompts * knobs.samples_per_prompt
+    return cache_bytes(config, knobs.precision, rows, tokens + VLLM_BLOCK_TOKENS)
+
+
+def vllm_bytes(knobs: Knobs, config: PretrainedConfig, tokens: int) -> int:
+    """What vLLM takes beside this process: on a GPU the share that it may, on a CPU weights, cache and itself."""
+    if device().type == "cuda":
+        return int(knobs.vllm_memory_fraction * torch.cuda.get_device_properties(device()).total_memory)
+    weights = weights_bytes(shape_only(config, knobs.precision, "cpu"))
+    return VLLM_OWN_BYTES + weights + vllm_cache_bytes(knobs, config, tokens)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field, model_validator
 
+from components.ppo_finetune.engine import rollout_engine
 from components.ppo_finetune.memory import plan
 from components.ppo_finetune.pretraining import examples_of_update, read_texts, windows
 from components.ppo_finetune.prompts import read_prompts
@@ -34,6 +35,7 @@ from components.rlhf.ppo import next_beta
 from components.rlhf.reward import Aggregation
 from components.rlhf.rollout import Completion
 from components.rlhf.tokens import Encoded
+from components.rlhf.vllm_sampler import VllmSampler
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings, json_digest
@@ -44,6 +46,7 @@ _log = logging.getLogger(__name__)
 class Config(Settings):
     RUNTIME_ONLY = frozenset(
         {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "threads", "checkpoint_seconds"}
+        | {"vllm_python", "vllm_memory_fraction", "vllm_sleep", "vllm_timeout_seconds"}
     )
 
     updates: int = Field(50, ge=1)
@@ -128,6 +131,20 @@ class Config(Settings):
     """The last so many layers carry the adapter; 0: all. What lies below all adapters is computed once for all roles and passes."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights; in bfloat16, those that are trained (all, or adapters) are kept and stepped in float32 too."""
+    rollout_engine: Literal["torch", "vllm"] = "torch"
+    """What samples the completions: this process ("torch"), or vLLM as a process beside it ("vllm")."""
+    sampler_ratio_cap: float = Field(2.0, ge=0)
+    """Truncation of the importance weight, trainer over sampler, of a token that another engine than torch drew; 0: no weights."""
+    max_kl_sampler: float = Field(0.1, gt=0)
+    """KL per token from the engine that samples to the trainer, in nats, beyond which the run fails: they are not one policy."""
+    vllm_python: str = ""
+    """Interpreter that has vLLM, which needs other packages than this one; empty: this one."""
+    vllm_memory_fraction: float = Field(0.3, gt=0, lt=1)
+    """Share of the GPU's memory for vLLM's weights and cache; on a CPU its cache is as large as an update needs."""
+    vllm_sleep: bool = False
+    """On a GPU, vLLM gives its memory back between rollouts: its weights then lie in the host's memory."""
+    vllm_timeout_seconds: float = Field(900.0, gt=0)
+    """Longest that vLLM may take to start, or for the rollouts of one update, in seconds; then the stage ends for a retry."""
     seed: int = 0
     """Seed of the sampling; the order of the prompts has a stream of its own."""
     processes: int = Field(1, ge=1)
@@ -177,9 +194,11 @@ class Progress:
         beta: the KL coefficient.
         history: what was logged, update by update.
         best: the policy's weights in the last update than which the judge liked no other better (`watch.keep_best`).
+        engine: that samples, where the policy does not itself; in no checkpoint, for it gets the weights anew at each rollout.
     """
 
-    def __init__(self, config: Config, roles: Roles) -> None:
+    def __init__(self, config: Config, roles: Roles, engine: VllmSampler | None = None) -> None:
+        self.engine = engine
         steps = config.updates * config.epochs * config.minibatches
         value_steps = config.updates * (config.value_epochs or config.epochs) * config.minibatches
         self.roles = roles
@@ -281,9 +300,10 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
             checkpoint_activations(role.backbone)
 
     # 2. Updates.
-    progress = Progress(config, roles)
     limit_tokens = min(config.pretraining_tokens, context_tokens(model_config))
-    why = train(config, progress, prompts, context, windows(roles.tokenizer, texts, limit_tokens))
+    with rollout_engine(config, roles, folders["sft"], prompts, context.scratch) as engine:
+        progress = Progress(config, roles, engine)
+        why = train(config, progress, prompts, context, windows(roles.tokenizer, texts, limit_tokens))
 
     peak_gib = peak_bytes() / GIB  # publishing takes memory of its own
     _log.info("memory: %.3f GiB at the peak", peak_gib)
@@ -372,7 +392,7 @@ def one_update(
 ) -> list[Completion]:
     """Rolls out, measures, keeps the policy if it is the best so far and, unless it is the last, optimises; gives the answers."""
     watch = Stopwatch()
-    completions = roll_out(config, progress.roles, prompts, progress.sampling)
+    completions = roll_out(config, progress.roles, prompts, progress.sampling, progress.engine)
     watch.lap("rollout")
     experience = look_at(config, progress.roles, completions)
     watch.lap("score")

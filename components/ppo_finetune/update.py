@@ -19,11 +19,13 @@ from components.ppo_finetune.roles import Roles
 from components.rlhf import ppo
 from components.rlhf.distributed import processes, rank, summed, total
 from components.rlhf.likelihood import add_nll_gradient
+from components.rlhf.mismatch import Mismatch, mismatch, sampler_weights
 from components.rlhf.models import Role
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.reward import Aggregation, Centring, aggregate, batch_scores
 from components.rlhf.rollout import PREFILL_MICRO_BATCHES, Completion, sample_tokens, to_completion, token_logprobs
 from components.rlhf.tokens import Batch, Encoded, length_batches, right_pad
+from components.rlhf.vllm_sampler import SEEDS, VllmSampler
 
 POLICY_SUMS = ("policy_loss", "clip_fraction", "kl_old")
 
@@ -49,6 +51,8 @@ class Knobs(Protocol):
     value_coefficient: float
     whiten_rewards: bool
     max_kl_old: float
+    rollout_engine: Literal["torch", "vllm"]
+    sampler_ratio_cap: float
     pretraining_coefficient: float
 
 
@@ -64,8 +68,9 @@ class Experience(NamedTuple):
         logprobs_old_BT, logprobs_reference_BT: at the sampling temperature, 0 outside the completion.
         values_old_BT: value before each completion token, 0 elsewhere.
         entropy: mean over completion tokens, nats.
-        mismatch: largest difference between the sampler's log-probabilities and a fresh forward's, nats.
+        mismatch: of the sampler's log-probabilities and a fresh forward's, in nats.
         disagreement: of an ensemble, the mean over completions of the members' standard deviation, in deviations of the score.
+        sampler_weights_BT: of the tokens in the policy's loss, where another engine drew them (`rlhf.mismatch`).
     """
 
     completions: list[Completion]
@@ -76,8 +81,9 @@ class Experience(NamedTuple):
     logprobs_reference_BT: Tensor
     values_old_BT: Tensor
     entropy: float
-    mismatch: float
+    mismatch: Mismatch
     disagreement: float | None = None
+    sampler_weights_BT: Tensor | None = None
 
 
 class Optimisers(NamedTuple):
@@ -92,14 +98,25 @@ class MicroBatch(NamedTuple):
     part: Batch
 
 
-def roll_out(knobs: Knobs, roles: Roles, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> list[Completion]:
-    """`samples_per_prompt` completions of each prompt from the current policy, prompt by prompt.
+def roll_out(
+    knobs: Knobs,
+    roles: Roles,
+    prompts: Sequence[Sequence[int]],
+    generator: torch.Generator,
+    engine: VllmSampler | None = None,
+) -> list[Completion]:
+    """`samples_per_prompt` completions of each prompt from the current policy, prompt by prompt; from `engine` if there is one.
 
-    Each process samples every n-th prompt, and draws the numbers of all.
+    Each process samples every n-th prompt, and draws the numbers, or the engine's seeds, of all.
     """
     own = slice(rank(), None, processes())
+    samples = knobs.samples_per_prompt
     drawn: list[tuple[list[int], Tensor]] = []
-    if prompts[own]:
+    if engine is not None:
+        seeds = torch.randint(SEEDS, (len(prompts), samples), generator=generator)[own].flatten().tolist()
+        asked = [prompt for prompt in prompts[own] for _ in range(samples)]
+        drawn = engine(asked, seeds, max_new_tokens=knobs.max_new_tokens, temperature=knobs.temperature) if asked else []
+    elif prompts[own]:
         drawn = sample_tokens(
             roles.policy,
             prompts[own],
@@ -108,20 +125,20 @@ def roll_out(knobs: Knobs, roles: Roles, prompts: Sequence[Sequence[int]], gener
             pad_id=roles.tokenizer.pad_token_id,
             eos_id=roles.tokenizer.eos_token_id,
             generator=generator,
-            samples=knobs.samples_per_prompt,
+            samples=samples,
             among=(len(prompts), own),
             prefill_tokens=PREFILL_MICRO_BATCHES * knobs.micro_batch_tokens,
         )
     if processes() > 1:
-        drawn = _of_all(knobs, drawn, len(prompts), generator)
-    repeated = [prompt for prompt in prompts for _ in range(knobs.samples_per_prompt)]
+        drawn = _of_all(knobs, drawn, len(prompts), generator if engine is None else None)
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
     return [to_completion(roles.tokenizer, prompt, *each) for prompt, each in zip(repeated, drawn, strict=True)]
 
 
 def _of_all(
-    knobs: Knobs, own: Sequence[tuple[list[int], Tensor]], prompts: int, generator: torch.Generator
+    knobs: Knobs, own: Sequence[tuple[list[int], Tensor]], prompts: int, generator: torch.Generator | None
 ) -> list[tuple[list[int], Tensor]]:
-    """What all processes have sampled, prompt by prompt; the generator is left as if this one had sampled all of it."""
+    """What all processes have sampled, prompt by prompt; the generator, if there is one, is left as if this one had sampled all."""
     samples, budget = knobs.samples_per_prompt, knobs.max_new_tokens
     ids, logprobs = torch.zeros((prompts, samples, budget), dtype=torch.long), torch.zeros((prompts, samples, budget))
     lengths = torch.zeros((prompts, samples), dtype=torch.long)
@@ -132,7 +149,7 @@ def _of_all(
         lengths[prompt, sample] = len(tokens)
     for each in (ids, logprobs, lengths):
         summed(each)
-    for _ in range(int(lengths.max()) - max((len(tokens) for tokens, _ in own), default=0)):
+    for _ in range(int(lengths.max()) - max((len(tokens) for tokens, _ in own), default=0) if generator else 0):
         torch.rand(prompts * samples, generator=generator, dtype=torch.float64)
     return [
         (row_ids[:length].tolist(), row_logprobs[:length].clone())
@@ -175,7 +192,9 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     logprobs_old_BT, entropy_BT = _over_rows(knobs, batch, lambda part: forward(roles.policy, part))
     logprobs_reference_BT, _ = _over_rows(knobs, batch, lambda part: forward(roles.reference, part))
     (values_old_BT,) = _over_rows(knobs, batch, lambda part: (token_values(roles.value, part),))
-    sampled_N = torch.cat([c.logprobs for c in completions]).to(device)
+    mask_BT = batch.completion_mask_BT
+    sampled_BT = torch.zeros_like(logprobs_old_BT).masked_scatter(mask_BT, torch.cat([c.logprobs for c in completions]).to(device))
+    corrected = knobs.rollout_engine != "torch" and knobs.sampler_ratio_cap > 0
     return Experience(
         completions,
         batch,
@@ -184,9 +203,10 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
         logprobs_old_BT,
         logprobs_reference_BT,
         values_old_BT,
-        float(ppo.masked_mean(entropy_BT, batch.completion_mask_BT)),
-        float((logprobs_old_BT[batch.completion_mask_BT] - sampled_N).abs().max()),
+        float(ppo.masked_mean(entropy_BT, mask_BT)),
+        mismatch(logprobs_old_BT, sampled_BT, mask_BT),
         float(members_MB.std(0, correction=0).mean()) if len(roles.members) > 1 else None,
+        sampler_weights(logprobs_old_BT, sampled_BT, mask_BT, knobs.sampler_ratio_cap) if corrected else None,
     )
 
 
@@ -279,6 +299,7 @@ def add_policy_gradient(
             advantages_BT[rows_B, :cut],
             part.completion_mask_BT,
             knobs.clip,
+            None if experience.sampler_weights_BT is None else experience.sampler_weights_BT[rows_B, :cut],
         )
         (loss.total / tokens).backward()
         sums["policy_loss"] += loss.total.item() / tokens
@@ -325,7 +346,9 @@ def statistics(experience: Experience) -> dict[str, float]:
         "completion_tokens": float(mask_BT.sum(1).float().mean()),
         "eos_fraction": sum(c.ended for c in experience.completions) / len(texts),
         "same_answer_fraction": most / len(texts),
-        "logprob_mismatch": experience.mismatch,
+        "logprob_mismatch": experience.mismatch.largest,
+        "logprob_mismatch_mean": experience.mismatch.mean,
+        "kl_sampler": experience.mismatch.kl,
         **({} if experience.disagreement is None else {"reward_disagreement": experience.disagreement}),
     }
 

@@ -26,6 +26,12 @@ def check(config: Config, row: dict[str, Any]) -> None:
             f"KL blow-up at update {row['update']}: {row['kl_reference']:.1f} nats, over {config.max_kl_reference}",
             "raise ppo_finetune.beta, set kl_target, or lower the learning rate",
         )
+    if row["kl_sampler"] > config.max_kl_sampler:
+        raise DoNotRetry(
+            f"rollouts at update {row['update']} are not the policy's: {row['kl_sampler']:.3g} nats per token from the engine that "
+            f"samples to the trainer, over {config.max_kl_sampler} (largest difference {row['logprob_mismatch']:.3g})",
+            "set ppo_finetune.rollout_engine to torch; if vLLM is only inexact, set precision to float32, or raise max_kl_sampler",
+        )
     if row["same_answer_fraction"] > config.max_same_answer_fraction:
         raise DoNotRetry(
             f"collapse at update {row['update']}: {row['same_answer_fraction']:.0%} of the completions are one and the same text",

@@ -123,6 +123,27 @@ def save_adapter(model: nn.Module, adapter: str, folder: Path, rank: int, alpha:
     (folder / "adapter.json").write_text(json.dumps({"rank": rank, "alpha": alpha, "layers": layers}), encoding="utf-8")
 
 
+def save_peft_adapter(model: PreTrainedModel, adapter: str, folder: Path, rank: int, alpha: int, layers: int = 0) -> None:
+    """Writes one adapter of the policy as `peft` writes it, so that any server of the base can put it on."""
+    from peft import LoraConfig
+
+    weights = adapter_parameters(model, adapter)
+    modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in weights})
+    pattern, blocks = transformer_layers(model.base_model)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=modules,
+        layers_to_transform=list(range(len(blocks) - layers, len(blocks))) if layers else None,
+        layers_pattern=pattern if layers else None,
+    )
+    config.save_pretrained(folder)
+    named = {f"base_model.model.{name.replace(f'.{adapter}.', '.')}": p.detach().cpu().contiguous() for name, p in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+
+
 def load_adapter(model: PreTrainedModel, adapter: str, folder: Path) -> AdapterShape:
     """Adds the adapter that `save_adapter` wrote, under the name `adapter`; gives its shape.
 

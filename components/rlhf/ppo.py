@@ -80,8 +80,15 @@ class Loss(NamedTuple):
     kl_old: Tensor
 
 
-def policy_loss(logprobs_BT: Tensor, logprobs_old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, clip: float = 0.2) -> Loss:
-    """PPO's clipped surrogate, as a sum over tokens.
+def policy_loss(
+    logprobs_BT: Tensor,
+    logprobs_old_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    clip: float = 0.2,
+    weights_BT: Tensor | None = None,
+) -> Loss:
+    """PPO's clipped surrogate, as a sum over tokens, weighted by `weights_BT` where another engine drew them (`rlhf.mismatch`).
 
     `kl_old` sums r - 1 - log r, an unbiased estimate of KL(old, new) that is never negative (Schulman, "Approximating KL").
     """
@@ -89,8 +96,9 @@ def policy_loss(logprobs_BT: Tensor, logprobs_old_BT: Tensor, advantages_BT: Ten
     ratio_BT = log_ratio_BT.exp()
     plain_BT = -advantages_BT * ratio_BT
     clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip, 1 + clip)
+    loss_BT = torch.maximum(plain_BT, clipped_BT)
     return Loss(
-        total=masked_sum(torch.maximum(plain_BT, clipped_BT), mask_BT),
+        total=masked_sum(loss_BT if weights_BT is None else weights_BT * loss_BT, mask_BT),
         clipped=masked_sum((clipped_BT > plain_BT).float(), mask_BT).detach(),
         kl_old=masked_sum(ratio_BT - 1 - log_ratio_BT, mask_BT).detach(),
     )

@@ -88,21 +88,21 @@ def sample_tokens(
     positions_BT = (attention_BT.cumsum(1) - 1).clamp(min=0)
     size = max(1, prefill_tokens // ids_BT.shape[1]) if prefill_tokens else len(ids_BT)
     caches, last = [], []
-    for part in zip(*(each.split(size) for each in (ids_BT, attention_BT, positions_BT)), strict=True):
+    for piece in zip(*(each.split(size) for each in (ids_BT, attention_BT, positions_BT)), strict=True):
         caches.append(DynamicCache())
-        last.append(forward(caches[-1], *part))
+        last.append(forward(caches[-1], *piece))
     cache, hidden_BD = _one_cache(caches), torch.cat(last)
     if samples > 1:
         cache.batch_repeat_interleave(samples)
         hidden_BD, attention_BT = (each.repeat_interleave(samples, 0) for each in (hidden_BD, attention_BT))
     rows = len(hidden_BD)
-    whole, part = (rows, slice(None)) if among is None else (among[0] * samples, among[1])
+    whole, own = (rows, slice(None)) if among is None else (among[0] * samples, among[1])
     position_B = attention_BT.sum(1) - 1
     rows_B = torch.arange(rows, device=device)
     tokens: list[list[int]] = [[] for _ in range(rows)]
     logprobs: list[list[float]] = [[] for _ in range(rows)]
     for step in range(1, max_new_tokens + 1):
-        uniform = torch.rand(whole, generator=generator, dtype=torch.float64).view(-1, samples)[part].flatten().to(device)
+        uniform = torch.rand(whole, generator=generator, dtype=torch.float64).view(-1, samples)[own].flatten().to(device)
         logprobs_BV = torch.log_softmax(_scaled_logits(hidden_BD, role.head.weight, role.head.bias, temperature, pad_id), -1)
         cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
         drawn_B1 = uniform[rows_B, None] * cumulative_BV[:, -1:]

@@ -6,6 +6,7 @@ and ends as they do: with the outputs of the first, or with the failure of that 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -146,9 +147,10 @@ class Node:
 
     def stop(self) -> None:
         """Tells the processes themselves: torchrun would kill them after the time that it gives to the echo of a failure."""
-        parent = psutil.Process(self._process.pid)
-        for process in parent.children() or [parent]:
-            process.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            parent = psutil.Process(self._process.pid)
+            for process in parent.children() or [parent]:
+                process.terminate()
 
     def said(self) -> str:
         return f"torchrun ended with code {self._process.poll()}"

@@ -30,9 +30,7 @@ from components.services.launch import STORAGE_VARIABLE, Context, Settings, code
 from components.services.progress import EVENTS_VARIABLE
 from components.services.storage import Storage, join
 
-WAIT_SECONDS = (
-    600  # for a process that says nothing, such as the first while it uploads a checkpoint; a dead one is noticed at once
-)
+WAIT_SECONDS = 600  # for one that says nothing, as the first while it uploads a checkpoint; a dead one is noticed at once
 
 _log = logging.getLogger(__name__)
 

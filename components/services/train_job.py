@@ -6,13 +6,14 @@ volumes and node kind; the SDK's other two backends run the same job in containe
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from components.images import TRAIN
 from components.services.exits import DoNotRetry, Retry
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 RUNTIME_VARIABLE = "RANKLOOP_TRAINING_RUNTIME"
 DEFAULT_RUNTIME = "rankloop-torch"
-IMAGE_VARIABLE = "RANKLOOP_TRAIN_IMAGE"
+RESOURCES_VARIABLE = "RANKLOOP_NODE_RESOURCES"  # {"cpu": 8, "memory": "64Gi"}: of each node beside its GPUs
 LOOK_SECONDS = 2.0
 UNREACHABLE_SECONDS = 300.0  # for so long the cluster may not answer; the job runs on meanwhile
 STOP_SECONDS = 25.0  # for the processes to save and leave; Kubernetes gives pods 30
@@ -154,14 +155,29 @@ def trainer_of(job: Job, backend: str) -> CustomTrainer:
         variables |= {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     if backend == "local":  # its empty environment sees the packages of this one
         variables["PYTHONPATH"] = os.pathsep.join(each for each in sys.path if each and Path(each).is_dir())
-    resources: dict[str, Any] | None = {"gpu": job.config["processes"]} if backend == "kubernetes" else None
+    resources = None
+    if backend == "kubernetes":
+        resources = {"gpu": str(job.config["processes"]), **_node_resources()}
     return CustomTrainer(
         func=start_processes,
-        image=os.environ.get(IMAGE_VARIABLE, TRAIN),
+        image=TRAIN,
         num_nodes=job.config["nodes"],
         resources_per_node=resources,
         env=variables,
     )
+
+
+def _node_resources() -> dict[str, str]:
+    """CPU and memory of a node, from the environment: naming a GPU replaces all resources of the runtime.
+
+    Raises:
+        DoNotRetry: the variable is not a JSON object.
+    """
+    text = os.environ.get(RESOURCES_VARIABLE) or "{}"
+    try:
+        return {str(name): str(amount) for name, amount in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        raise DoNotRetry(f"{RESOURCES_VARIABLE} = {text!r} is not a JSON object", 'such as {"cpu": 8, "memory": "64Gi"}') from error
 
 
 def client_of(backend: str) -> TrainerClient:

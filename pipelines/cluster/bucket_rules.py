@@ -54,6 +54,8 @@ class Days(NamedTuple):
     """Dumps of MLflow's database."""
     uploads: int = 7
     """Parts of an upload that never ended."""
+    runs: int = 30
+    """What the stages of one pipeline run, and its retries, leave for each other."""
 
 
 def wanted(storage: str, principals: Principals, days: Days, tls: bool) -> Settings:
@@ -104,6 +106,8 @@ def wanted(storage: str, principals: Principals, days: Days, tls: bool) -> Setti
             NoncurrentVersionExpiration={"NoncurrentDays": 1},
         ),
         rule("backups", "backups/", Expiration={"Days": days.backups}),
+        rule("final-failures", "final-failures/", Expiration={"Days": days.runs}),  # of use to the retries of one run alone,
+        rule("pipeline-runs", "pipeline-runs/", Expiration={"Days": days.runs}),  # and these to the stages of one
         rule(
             "old-versions",
             "",

@@ -105,7 +105,7 @@ def fetched(uri: str, folder: Path, kind: str) -> tuple[PreTrainedModel, PreTrai
 
 def draw(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, samples: int, budget: int) -> list[Completion]:
     """`samples` answers to each prompt, prompt by prompt."""
-    limit = prompt_limit(model, budget, 0)
+    limit = prompt_limit(model.config, budget, 0)
     prompts = [encode_prompt(tokenizer, prompt, limit)[0] for prompt in world.prompts]
     generator = torch.Generator().manual_seed(1)
     found: list[Completion] = []

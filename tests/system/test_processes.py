@@ -80,12 +80,14 @@ def test_a_train_job_of_two_nodes_is_made_followed_and_removed_and_its_exit_is_t
     with cluster() as (found, kubeconfig):
         monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
         monkeypatch.setenv("RANKLOOP_TRAIN_IMAGE", "registry.example/train@sha256:1")
+        monkeypatch.setenv("RANKLOOP_NODE_RESOURCES", '{"cpu": 8, "memory": "64Gi"}')
         done = run("train_sft", "s3://rankloop/two-nodes", snapshot, nodes=2)
         (job,) = found.made
         assert not found.jobs, "nothing is left"
         failed = run("train_sft", "s3://rankloop/two-nodes-diverge", snapshot, nodes=2, learning_rate=1e30)
     trainer = job["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["image"]) == (2, "registry.example/train@sha256:1")
+    assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "1", "cpu": "8", "memory": "64Gi"}
     assert job["spec"]["runtimeRef"]["name"] == "rankloop-torch"
     assert [each["name"] for each in trainer["env"]] == ["RANKLOOP_JOB"], "secrets come from the runtime, not from the stage"
     assert "examples; one of them:" in done.stderr, "the first node's log is passed on"

@@ -9,9 +9,11 @@ Most texts hold nothing. `may_hold` tells in some microseconds a kilobyte, and o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from phonenumbers import SUPPORTED_REGIONS, Leniency, PhoneNumberMatcher
 
 from components.ingest_rankings.personal_data.keys import SHORTEST, keys
@@ -65,6 +67,17 @@ def _look(text: str, region: str) -> _Look:
 def may_hold(text: str, region: str) -> bool:
     """False if there is nothing to be found in a plain text."""
     return any(_look(text, region))
+
+
+# The same of ASCII texts, and of no other, by one automaton for all of it (RE2).
+_ANY = rf"[^\x00-\x7f]|@|\+\(?[1-9]|[A-Za-z0-9_+/-]{{{SHORTEST}}}|[0-9](?:[ -]*[0-9]){{9}}"
+_ANY_NATIONAL = _ANY + r"|[0-9](?:[ .()/-]*[0-9]){6}"
+
+
+def may_hold_each(texts: Sequence[str], region: str) -> list[bool]:
+    """For each text, as it is, false only if `may_hold` is false of it as a plain one; a quarter of the time for many texts."""
+    found: list[bool] = pc.match_substring_regex(pa.array(texts, pa.string()), _ANY_NATIONAL if region else _ANY).to_pylist()
+    return found
 
 
 # -- e-mail addresses ------------------------------------------------------------------------------------------------------

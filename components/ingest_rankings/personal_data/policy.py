@@ -17,13 +17,15 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any, Literal
 
 import orjson
 
 from components.ingest_rankings.fields import check_completions
 from components.ingest_rankings.formats import Parsed, content_digest, opening, split_of
-from components.ingest_rankings.personal_data.find import KINDS, find, may_hold, plain
+from components.ingest_rankings.personal_data.find import KINDS, find, may_hold, may_hold_each, plain
 from components.ingest_rankings.personal_data.mask import masked, masked_value
 from components.ingest_rankings.rows import Rejected
 from components.rlhf.records import Message, Ranking
@@ -74,7 +76,7 @@ class PersonalData:
             found += [(RATER, hit.kind) for hit in find(ranking.rater_id)]
         if not found:
             return parsed
-        self._count(file, row, found)
+        self.count(file, row, found)
         if self._policy == "quarantine":
             return _Withheld("personal data", _described(found))
         if self._policy == "mask" and found[-1][0] == RATER:
@@ -88,6 +90,14 @@ class PersonalData:
             except Rejected:
                 return _Withheld("completions are the same once personal data is masked", _described(found))
         return parsed._replace(ranking=ranking)
+
+    def worth_a_look(self, rankings: Sequence[Ranking]) -> Iterator[bool]:
+        """For each ranking false if `applied` would find nothing."""
+        if self._policy == "off":
+            return repeat(False, len(rankings))
+        texts = ["\n".join([*(message["content"] for message in each.prompt), *each.completions]) for each in rankings]
+        held = may_hold_each(texts, self._region)
+        return iter([may or "@" in each.rater_id for may, each in zip(held, rankings, strict=True)])
 
     def redacted(self, problem: Rejected, raw: Any) -> tuple[Rejected, Any]:
         """What may be kept of a row that is no ranking."""
@@ -115,7 +125,8 @@ class PersonalData:
             _log.warning("personal data in %d rankings (policy %s): %s", self._rankings, self._policy, counts)
         return {"policy": self._policy, "rankings": self._rankings, "found": found, "places": self._places}
 
-    def _count(self, file: str, row: int, found: list[tuple[str, str]]) -> None:
+    def count(self, file: str, row: int, found: list[tuple[str, str]]) -> None:
+        """Counts what was found in a ranking, as (field, kind)."""
         self._rankings += 1
         for field, kind in found:
             self.found[kind] += 1

@@ -19,6 +19,7 @@ from components.rlhf.reward_training import scores_of
 from components.services.storage import Storage
 from components.services.tracking import client
 from pipelines.local_services import LocalServices
+from tests import vllm_stand_in
 from tests.stage_processes import OPTIONS, Ended, StageProcess, Undisturbed, contents, fetched, run, train_undisturbed
 
 UNDISTURBED = "s3://rankloop/undisturbed"
@@ -344,3 +345,48 @@ def test_what_one_of_two_processes_finds_wrong_is_what_the_stage_says(undisturbe
     ended = run("train_sft", "s3://rankloop/diverged-together", inputs, processes=2, learning_rate=1e30)
     assert ended.returncode == 65, ended.stderr
     assert "train_sft failed: SFT diverged" in ended.stderr
+
+
+# -- another engine samples: a stand-in, for vLLM is no package of ours (test_vllm.py has the real one) -----------------
+
+
+@pytest.fixture
+def other_engine(tmp_path: Path) -> dict[str, Any]:
+    return {"rollout_engine": "vllm", "vllm_python": vllm_stand_in.interpreter(tmp_path), "max_kl_sampler": 1e9}
+
+
+def test_line_37_another_engine_has_the_right_weights_after_a_kill(undisturbed: Undisturbed, other_engine: dict[str, Any]) -> None:
+    """What the stand-in draws depends on every byte of the weights that it is given, in the first update after a resume too."""
+    stage, root, inputs = "ppo_finetune", "s3://rankloop/killed-other-engine", undisturbed.inputs["ppo_finetune"]
+    once = run(stage, "s3://rankloop/other-engine", inputs, **other_engine)
+    assert "vLLM none: a stand-in of the tests samples, on cpu" in once.stderr
+    process = StageProcess(stage, root, inputs, **other_engine)
+    process.signal_after(3, signal.SIGKILL)
+    assert process.ended().returncode == -signal.SIGKILL
+    resumed = run(stage, root, inputs, **other_engine)
+    assert "continuing after" in resumed.stderr
+    assert contents(resumed.uri) == contents(once.uri)
+    assert contents(once.uri)["model.safetensors"] != contents(undisturbed.uri(stage))["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("exit", "ended with code 3"), ("kill", "was killed by signal 9"), ("hang", "gave no answer within 1 seconds")],
+)
+def test_an_engine_that_fails_ends_the_stage_for_a_retry(
+    how: str, told: str, undisturbed: Undisturbed, other_engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_ENDS", how)
+    options = {**other_engine, "vllm_timeout_seconds": 1 if how == "hang" else 100}
+    ended = run("ppo_finetune", f"s3://rankloop/engine-{how}", undisturbed.inputs["ppo_finetune"], **options)
+    assert ended.returncode == 75
+    assert f"vLLM {told}" in ended.stderr
+    assert "| the stand-in was told to end here" in ended.stderr
+    assert kinds(f"s3://rankloop/engine-{how}") == {"checkpoints"}, "a retry goes on from there"
+
+
+def test_rollouts_that_are_not_the_policys_end_the_stage_for_good(undisturbed: Undisturbed, other_engine: dict[str, Any]) -> None:
+    options = {**other_engine, "max_kl_sampler": 0.1}
+    ended = run("ppo_finetune", "s3://rankloop/other-policy", undisturbed.inputs["ppo_finetune"], **options)
+    assert ended.returncode == 65
+    assert "rollouts at update 0 are not the policy's" in ended.stderr

@@ -77,7 +77,7 @@ def test_tls_is_asked_of_all_but_plain_servers() -> None:
 
 
 def test_lifecycle() -> None:
-    rules = {each["ID"]: each for each in wanted("s3://b/p", WHO, Days(3, 4, 5, 6), tls=False)["lifecycle"]}
+    rules = {each["ID"]: each for each in wanted("s3://b/p", WHO, Days(3, 4, 5, 6, 7), tls=False)["lifecycle"]}
     assert rules["rankloop-checkpoints"]["Filter"] == {"Prefix": "p/checkpoints/"}
     assert rules["rankloop-checkpoints"]["Expiration"] == {"Days": 3}
     assert rules["rankloop-old-versions"]["Filter"] == {"Prefix": "p/"}
@@ -85,7 +85,12 @@ def test_lifecycle() -> None:
     assert rules["rankloop-backups"]["Expiration"] == {"Days": 5}
     assert rules["rankloop-old-versions"]["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 6}
     expiring = [each["Filter"]["Prefix"] for each in rules.values() if "Days" in each.get("Expiration", {})]
-    assert sorted(expiring) == ["p/backups/", "p/checkpoints/"]  # no artifact ever expires by itself
+    assert sorted(expiring) == [
+        "p/backups/",
+        "p/checkpoints/",
+        "p/final-failures/",
+        "p/pipeline-runs/",
+    ]  # no artifact ever expires by itself
 
 
 def test_others_rules_stay_and_ours_are_replaced() -> None:

@@ -173,7 +173,7 @@ BREAKS: tuple[tuple[Rule, str, str, Callable[[Thing], object]], ...] = (
         "rankloop-stage",
         lambda thing: thing["rules"].append({"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"]}),
     ),
-    (rights, "Role", "rankloop-stage", lambda thing: thing["rules"][-1]["verbs"].append("delete")),
+    (rights, "Role", "rankloop-stage", lambda thing: thing["rules"][5]["verbs"].append("delete")),
     (rights, "Role", "rankloop-client", lambda thing: thing["rules"][-1]["resources"].append("pods/exec")),
     (secrets, "ConfigMap", "rankloop-endpoints", lambda thing: thing.update(kind="Secret")),
     (secrets, "Deployment", "rankloop-mlflow", _pod(lambda _, one: one["env"].append({"name": "PGPASSWORD", "value": "x"}))),
@@ -219,3 +219,20 @@ def test_the_namespace_lets_nothing_in_or_out_by_default(overlay: str) -> None:
             for peer in [peer for rule in each["spec"].get("egress", []) for peer in rule["to"]]:
                 block = peer.get("ipBlock", {})
                 assert block.get("cidr") != "0.0.0.0/0" or block["except"] == ["169.254.0.0/16"], each["metadata"]["name"]
+
+
+def test_a_stage_starts_and_deletes_no_run_and_the_client_touches_no_task() -> None:
+    """Verbs of KFP's API, by role."""
+    verbs = {
+        name: {
+            each: set(rule["verbs"])
+            for rule in role["rules"]
+            if "pipelines.kubeflow.org" in rule["apiGroups"]
+            for each in rule["resources"]
+        }
+        for name in ("rankloop-stage", "rankloop-client")
+        for role in [only(rendered("base"), "Role", name)]
+    }
+    assert not verbs["rankloop-stage"]["runs"] & {"create", "delete", "retry", "terminate"}
+    assert not verbs["rankloop-client"]["runs"] & {"delete", "update", "createTask"}
+    assert "delete" in verbs["rankloop-client"]["jobs"]  # recurring runs: KFP has no call that changes one

@@ -27,7 +27,7 @@ def rankloop(*arguments: str, cwd: Path | None = None, **environment: str) -> su
     )
 
 
-@pytest.mark.parametrize("command", ["run", "compile", "services", "models", "trigger", "schedule"])
+@pytest.mark.parametrize("command", ["run", "plan", "compile", "services", "models", "trigger", "schedule"])
 def test_every_command_explains_itself(command: str) -> None:
     done = rankloop(command, "--help")
     assert done.returncode == 0

@@ -31,7 +31,7 @@ FREE = {"min_new_rankings": 1, "cooldown_days": 0, "max_retrains_per_month": 100
 class World(NamedTuple):
     """`champion` registers a version made from a snapshot; `publish` puts rankings on the store."""
 
-    publish: Callable[[list[Ranking]], str]
+    publish: Callable[..., str]
     champion: Callable[[str, str], str]
     home: Path
 
@@ -65,18 +65,18 @@ def world(services: LocalServices, tmp_path_factory: pytest.TempPathFactory) -> 
     scorer.config.pad_token_id = tokenizer.pad_token_id
     save_model(scorer, tokenizer, home / "scorer")
 
-    def put(folder: Path, role: str) -> str:
+    def put(folder: Path, role: str, **facts: str) -> str:
         uri = f"s3://rankloop/fixtures/{uuid.uuid4().hex}"
-        storage.publish_folder(folder, uri, {"role": role})
+        storage.publish_folder(folder, uri, {"role": role, **facts})
         return uri
 
     policy, reward = put(home / "policy", "policy"), put(home / "scorer", "reward_model")
 
-    def publish(rows: list[Ranking]) -> str:
+    def publish(rows: list[Ranking], **facts: str) -> str:
         folder = home / uuid.uuid4().hex
         folder.mkdir()
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in rows], SCHEMA), folder / "part-00000.parquet")
-        return put(folder, "rankings")
+        return put(folder, "rankings", **facts)
 
     def champion(name: str, snapshot: str) -> str:
         mlflow = client()
@@ -253,6 +253,20 @@ def test_the_budget_of_a_watch_cannot_be_changed_after_looking(world: World, nam
     with pytest.raises(DoNotRetry, match="a budget that is changed after looking is none"):
         watch(world, name, drifted, alpha=0.1)
     assert len(state(name)["looks"]) == 1
+
+
+def test_snapshots_of_different_salts_are_not_compared(world: World) -> None:
+    one, other, same, kept = (
+        world.publish(rows, rater_salt_fingerprint=salt)
+        for rows, salt in ((OLD, "5a17"), (OLD + QUIET, "07e4"), (OLD + QUIET, "5a17"), (OLD + QUIET, ""))
+    )
+    name = f"policy-{uuid.uuid4().hex[:8]}"
+    world.champion(name, one)
+    for snapshot in (other, kept):
+        with pytest.raises(DoNotRetry, match=rf"different salts(.|\n)*{one} \(5a17\) and {snapshot}"):
+            watch(world, name, snapshot)
+    assert not Storage().exists(f"s3://rankloop/drift/{name}/1/state.json"), "nothing was looked at"
+    assert watch(world, name, same).decision == "wait"
 
 
 @pytest.fixture(autouse=True)

@@ -48,13 +48,13 @@ def ingest(root: str, scratch: Path, **config: Any) -> tuple[Outputs, dict[str, 
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the source's files as they are read."""
     names: list[str] = []
-    original = sources._object_rows
+    original = sources._object_blocks
 
     def noted(item: Any, *rest: Any) -> Any:
         names.append(item.uri.rpartition("/")[2])
         return original(item, *rest)
 
-    monkeypatch.setattr(sources, "_object_rows", noted)
+    monkeypatch.setattr(sources, "_object_blocks", noted)
     return names
 
 

@@ -83,7 +83,10 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="module")
 def world(services: LocalServices, tmp_path_factory: pytest.TempPathFactory) -> World:
-    home = tmp_path_factory.mktemp("registry")
+    return new_world(tmp_path_factory.mktemp("registry"))
+
+
+def new_world(home: Path) -> World:
     storage = Storage()
     tokenizer = train_tokenizer(["please help my printer and my phone"], 300, 64)
 
@@ -104,7 +107,7 @@ def world(services: LocalServices, tmp_path_factory: pytest.TempPathFactory) -> 
     save_model(scorer, tokenizer, home / "scorer")
     reward = publish(home / "scorer", "reward_model")
 
-    def evaluation(candidate: str, champion: str = "", gate: str = "pass", **measures: Any) -> str:
+    def evaluation(candidate: str, champion: str = "", gate: str = "pass", reward: str = reward, **measures: Any) -> str:
         uri = join("s3://rankloop/evaluations", uuid.uuid4().hex)
         document = {
             "snapshot_uri": "s3://rankloop/rankings/5a",
@@ -130,10 +133,12 @@ def name() -> str:
     return f"policy-{uuid.uuid4().hex[:8]}"
 
 
-def register(world: World, name: str, candidate: str, evaluation: str, gate: str = "pass") -> stage.Outputs:
+def register(
+    world: World, name: str, candidate: str, evaluation: str, gate: str = "pass", lock_seconds: float = 5
+) -> stage.Outputs:
     scratch = world.home / uuid.uuid4().hex
     scratch.mkdir()
-    config = stage.Config(policy_name=name, reward_model_name=name + "-reward", lock_seconds=5)
+    config = stage.Config(policy_name=name, reward_model_name=name + "-reward", lock_seconds=lock_seconds)
     inputs = stage.Inputs(candidate_uri=candidate, reward_model_uri=world.reward, evaluation_uri=evaluation, gate=gate)
     context = Context("register_model", config, inputs, scratch)
     context.tracker.start(context.config, context.inputs)

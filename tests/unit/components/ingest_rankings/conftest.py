@@ -11,7 +11,7 @@ import pytest
 from components.ingest_rankings.personal_data.policy import PersonalData
 from components.ingest_rankings.quarantine import Quarantine
 from components.ingest_rankings.raters import Raters, salt_of
-from components.ingest_rankings.reading import all_rows, sort_out
+from components.ingest_rankings.reading import all_blocks, sort_out
 from components.ingest_rankings.snapshot import Snapshot, SnapshotWriter
 from components.ingest_rankings.sources import find_source
 from components.ingest_rankings.stage import Config
@@ -47,7 +47,7 @@ def ingest_source(uri: str, scratch: Path, config: Config) -> Ingested:
         Quarantine(scratch / "q.jsonl", config.max_quarantined, personal, raters) as quarantine,
         SnapshotWriter(scratch / "sort", config.policies()) as writer,
     ):
-        files = sort_out(source, all_rows(source), config, writer, quarantine, personal, raters, ignored, scratch / "groups")
+        files = sort_out(source, all_blocks(source), config, writer, quarantine, personal, raters, ignored, scratch / "groups")
         snapshot = writer.write(writer.kept_records(quarantine), scratch / "snapshot")
     return Ingested(
         snapshot,

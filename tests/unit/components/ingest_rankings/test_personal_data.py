@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from components.ingest_rankings.personal_data.find import _IBAN_LENGTHS, find, is_card, is_iban
+from components.ingest_rankings.personal_data.find import _IBAN_LENGTHS, find, is_card, is_iban, may_hold, may_hold_each, plain
 from components.ingest_rankings.personal_data.keys import random_looking
 from components.ingest_rankings.personal_data.mask import masked, masked_value
 from components.ingest_rankings.stage import Config
@@ -292,3 +292,18 @@ def test_time_grows_with_the_text_not_with_its_square(piece: str) -> None:
         return time.process_time() - start
 
     assert seconds(40_000) < 0.3 + 10 * seconds(5_000)  # eight times the text; its square is 64 times as much
+
+
+def test_no_text_that_holds_something_is_passed_over() -> None:
+    texts = [text for each in FOUND.values() for text in each]
+    assert all(may_hold_each(texts, ""))
+    assert may_hold_each(["Nothing in here, 2 or 3 words, 1-2-3 and 555 01 43.", ""], "") == [False, False]
+
+
+@given(
+    texts=st.lists(st.text(st.sampled_from("0123456789 -.()/+@aZ_\n\u0664\uff20"), max_size=40) | st.text(max_size=20)),
+    region=st.sampled_from(["", "US"]),
+)
+def test_the_look_at_many_texts_is_the_look_at_each(texts: list[str], region: str) -> None:
+    for text, may in zip(texts, may_hold_each(texts, region), strict=True):
+        assert may == may_hold(plain(text), region) if text.isascii() else may

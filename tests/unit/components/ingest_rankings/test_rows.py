@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from components.ingest_rankings import rows
 from components.ingest_rankings.rows import _ARRAY, Row, read_rows
 from components.services.exits import DoNotRetry
 
@@ -166,3 +167,30 @@ def test_any_bytes_after_a_gzip_header(data: bytes) -> None:
         except DoNotRetry:
             continue
         assert all((row.value is None) == (row.problem is not None) for row in rows)
+
+
+@given(
+    lines=st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=30),
+    ended=st.booleans(),
+    reads=st.lists(st.integers(1, 40), min_size=1),
+)
+def test_lines_are_the_same_however_they_arrive(lines: list[bytes], ended: bool, reads: list[int]) -> None:
+    """Against the slow way: all bytes split at their line ends."""
+    data = b'{"a": 1}\n' + b"\n".join(lines) + (b"\n" if ended else b"")
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            reads.append(reads.pop(0))
+            return super().read(min(reads[0], size or 0))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "BLOCK_BYTES", 50)
+        found = list(read_rows(Slow(data), "the file", SCRATCH, 20))
+    whole = data.split(b"\n")
+    expected = [(number, line) for number, line in enumerate(whole, 1) if line.strip() or len(line) > 20]
+    assert [(row.number, row.raw.rstrip(b"\n")) for row in found] == [(number, line[:21]) for number, line in expected]
+    for row, (number, line) in zip(found, expected, strict=True):
+        size = len(line) + (number < len(whole))
+        long = row.problem is not None and row.problem.reason == "row too long"
+        assert long == (len(line) > 20)
+        assert not long or row.problem is None or row.problem.detail == f"{size} bytes; max_row_bytes = 20"

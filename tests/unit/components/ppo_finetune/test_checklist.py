@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from components.ppo_finetune.roles import Roles, load_roles
 from components.ppo_finetune.stage import Config, Progress, one_update, read_prompts
-from components.ppo_finetune.update import Experience, look_at, optimise, roll_out, statistics
+from components.ppo_finetune.update import Experience, MicroBatch, add_policy_gradient, look_at, optimise, roll_out, statistics
 from components.rlhf import checkpoint, ppo
 from components.rlhf.optimisation import Optimiser, weights_of
 from components.rlhf.records import SCHEMA
@@ -104,9 +104,9 @@ def taught(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     seen: dict[str, list[float]] = {"advantages": [], "returns": []}
     plain_policy, plain_value = ppo.policy_loss, ppo.value_loss
 
-    def policy_loss(logprobs: Any, old: Any, advantages: Any, mask: Any, clip: float) -> Any:
+    def policy_loss(logprobs: Any, old: Any, advantages: Any, mask: Any, *rest: Any) -> Any:
         seen["advantages"] += advantages[mask].tolist()
-        return plain_policy(logprobs, old, advantages, mask, clip)
+        return plain_policy(logprobs, old, advantages, mask, *rest)
 
     def value_loss(values: Any, old: Any, returns: Any, mask: Any, clip: float) -> Any:
         seen["returns"] += returns[mask].tolist()
@@ -201,6 +201,28 @@ def test_line_20_sampling_and_the_order_of_rows_do_not_draw_from_each_other(fold
     assert long.order.initial_seed() != long.sampling.initial_seed()
 
 
+def test_line_20_another_engine_gets_a_seed_for_each_completion_from_the_stream_of_the_sampling(folders: dict[str, Any]) -> None:
+    config, roles = make_config(samples_per_prompt=2), make_roles(folders)
+    asked: list[tuple[list[list[int]], list[int]]] = []
+
+    def engine(prompts: list[list[int]], seeds: list[int], **options: Any) -> list[tuple[list[int], torch.Tensor]]:
+        assert options == {"max_new_tokens": 10, "temperature": 1.0}
+        asked.append((prompts, seeds))
+        return [([20 + number, EOS], torch.tensor([-1.0, -2.0])) for number in range(len(prompts))]
+
+    generator = torch.Generator().manual_seed(0)
+    first = roll_out(config, roles, encoded(roles), generator, engine)  # type: ignore[arg-type]
+    resumed = torch.Generator()
+    resumed.set_state(generator.get_state())
+    for stream in (generator, resumed):
+        roll_out(config, roles, encoded(roles), stream, engine)  # type: ignore[arg-type]
+    assert asked[0][0] == [prompt for prompt in encoded(roles) for _ in range(2)]
+    assert len({*asked[0][1], *asked[1][1]}) == 24
+    assert asked[1] == asked[2]
+    assert [each.token_ids[0] for each in first] == list(range(20, 32))
+    assert all(each.ended for each in first)
+
+
 def test_line_22_the_samplers_log_probabilities_are_compared_with_the_trainers(folders: dict[str, Any]) -> None:
     config, roles = make_config(), make_roles(folders)
     drawn = roll_out(config, roles, encoded(roles), torch.Generator().manual_seed(0))
@@ -208,7 +230,44 @@ def test_line_22_the_samplers_log_probabilities_are_compared_with_the_trainers(f
     wrong = drawn[2].logprobs.clone()
     wrong[-1] -= 0.25
     drawn[2] = drawn[2]._replace(logprobs=wrong)
-    assert statistics(look_at(config, roles, drawn))["logprob_mismatch"] == pytest.approx(0.25, abs=1e-3)
+    numbers, tokens = statistics(look_at(config, roles, drawn)), sum(len(each.token_ids) for each in drawn)
+    assert numbers["logprob_mismatch"] == pytest.approx(0.25, abs=1e-3)
+    assert numbers["logprob_mismatch_mean"] == pytest.approx(0.25 / tokens, abs=1e-4)
+    assert numbers["kl_sampler"] == pytest.approx((math.exp(0.25) - 1.25) / tokens, rel=1e-2)
+
+
+def test_line_22_the_policy_learns_as_if_the_trainer_had_drawn_what_another_engine_drew(folders: dict[str, Any]) -> None:
+    """The gradient is that of the weighted tokens, one by one; torch's own samples weigh 1, and so do all where the cap is 0."""
+    roles = make_roles(folders)
+    drawn = roll_out(make_config(), roles, encoded(roles), torch.Generator().manual_seed(0))
+    shifts = [torch.linspace(-0.5, 1.0, len(each.token_ids)) for each in drawn]
+    drawn = [each._replace(logprobs=each.logprobs - shift) for each, shift in zip(drawn, shifts, strict=True)]
+    config = make_config(rollout_engine="vllm", sampler_ratio_cap=2.0)
+    experience = look_at(config, roles, drawn)
+    assert experience.sampler_weights_BT is not None
+    for row, (shift, mask) in enumerate(zip(shifts, experience.batch.completion_mask_BT, strict=True)):
+        expected = torch.exp(shift).clamp(max=2.0)
+        torch.testing.assert_close(experience.sampler_weights_BT[row][mask], expected, atol=1e-3, rtol=1e-3)
+        assert (experience.sampler_weights_BT[row][~mask] == 1).all()
+    torch.testing.assert_close(experience.logprobs_old_BT, look_at(make_config(), roles, drawn).logprobs_old_BT, atol=0, rtol=0)
+
+    def gradient(experience: Experience, advantages_BT: torch.Tensor) -> list[torch.Tensor]:
+        rows = torch.arange(len(drawn))
+        add_policy_gradient(config, roles, experience, advantages_BT, [MicroBatch(rows, experience.batch)])
+        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in roles.policy.trainable]
+        for parameter in roles.policy.trainable:
+            parameter.grad = None
+        return found
+
+    advantages_BT = torch.randn(experience.logprobs_old_BT.shape, generator=torch.Generator().manual_seed(5))
+    weighted = gradient(experience, advantages_BT)
+    by_hand = gradient(experience._replace(sampler_weights_BT=None), advantages_BT * experience.sampler_weights_BT)
+    unweighted = gradient(experience._replace(sampler_weights_BT=None), advantages_BT)
+    for one, other in zip(weighted, by_hand, strict=True):
+        torch.testing.assert_close(one, other)
+    assert any(not torch.allclose(one, other, rtol=1e-2) for one, other in zip(weighted, unweighted, strict=True))
+    for changes in ({"rollout_engine": "torch"}, {"rollout_engine": "vllm", "sampler_ratio_cap": 0.0}):
+        assert look_at(make_config(**changes), roles, drawn).sampler_weights_BT is None
 
 
 def test_line_24_no_discount_and_lambda_095_are_the_defaults() -> None:
@@ -279,7 +338,8 @@ LOGGED = {
         "entropy",
     ),
     *("clip_fraction", "value_clip_fraction", "explained_variance", "completion_tokens", "eos_fraction", "same_answer_fraction"),
-    *("policy_loss", "value_loss", "gradient_norm", "value_gradient_norm", "beta", "learning_rate", "logprob_mismatch"),
+    *("policy_loss", "value_loss", "gradient_norm", "value_gradient_norm", "beta", "learning_rate"),
+    *("logprob_mismatch", "logprob_mismatch_mean", "kl_sampler"),
     *("tokens_per_second", "rollout_seconds", "score_seconds", "optimise_seconds"),
 }
 

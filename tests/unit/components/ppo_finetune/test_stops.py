@@ -13,7 +13,7 @@ from components.ppo_finetune.watch import check, keep_best, over_optimised
 from components.services.exits import DoNotRetry
 from components.services.launch import parse_settings
 
-FINE = {"update": 3, "reward": 0.1, "kl_reference": 2.0, "same_answer_fraction": 0.1}
+FINE = {"update": 3, "reward": 0.1, "kl_reference": 2.0, "same_answer_fraction": 0.1, "kl_sampler": 1e-4, "logprob_mismatch": 0.1}
 
 
 @pytest.mark.parametrize("key", ["top_k", "top_p", "repetition_penalty"])
@@ -31,6 +31,14 @@ def test_line_36_each_failure_says_which_it_was() -> None:
         check(config, {**FINE, "kl_reference": 51.0})
     with pytest.raises(DoNotRetry, match=r"collapse at update 3: 60% of the completions"):
         check(config, {**FINE, "same_answer_fraction": 0.6})
+
+
+def test_line_22_rollouts_of_another_policy_end_the_run() -> None:
+    with pytest.raises(
+        DoNotRetry, match=r"rollouts at update 3 are not the policy's: 0.453 nats per token.*largest difference 2.59"
+    ):
+        check(Config(), {**FINE, "kl_sampler": 0.453, "logprob_mismatch": 2.587})
+    check(Config(max_kl_sampler=0.5), {**FINE, "kl_sampler": 0.453, "logprob_mismatch": 2.587})
 
 
 def _replay(

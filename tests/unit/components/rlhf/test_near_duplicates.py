@@ -64,7 +64,7 @@ def test_candidates_are_found_as_often_as_their_similarity_says(changed: int) ->
             other[place] = rng.choice(WORDS)
         one, two = band_keys([" ".join(words), " ".join(other)])
         hits += bool((one == two).any())
-        expected += 1 - (1 - similarity(shingles(" ".join(words)), shingles(" ".join(other))) ** 6) ** 20
+        expected += 1 - (1 - similarity(shingles(" ".join(words)), shingles(" ".join(other))) ** 5) ** 16
     assert abs(hits - expected) < 4 * (expected * (1 - expected / 300)) ** 0.5 + 1
 
 
