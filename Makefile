@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint lock golden smollm2 images clean
+.PHONY: help run test lint lock golden smollm2 images prism clean
 
 help:  ## show this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -36,6 +36,9 @@ smollm2: $(STAMP)  ## fetch SmolLM2-135M-Instruct for `rankloop run --profile sm
 
 images:  ## build both container images (BASE_IMAGE=name@sha256:DIGEST; images/README.md lists the rest)
 	images/build.sh
+
+prism: $(STAMP)  ## fetch Prism, which serves KFP's published contract to the tests (needs npm)
+	test -x $(VENV)/prism/node_modules/.bin/prism || npm install --prefix $(VENV)/prism --no-audit --no-fund --silent @stoplight/prism-cli@5.14.2
 
 clean:  ## remove the virtual environment and all local runs and data
 	rm -rf $(VENV) .rankloop .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
