@@ -115,6 +115,10 @@ def servers(address: str, built: str, services: LocalServices, tmp_path_factory:
             rankings = f"{services.storage_root}/incoming/containers.jsonl"
             Storage().upload_file(write_rankings(folder / "rankings.jsonl", 210, seed=3), rankings)
             mlflow = client()
+            # Where a new user may do nothing, MLflow answers 403, not 404, for a name that is not there. So the two names of the
+            # registry are made before the first run; whoever makes one may manage it.
+            for name in ("rankloop-policy", "rankloop-reward-model"):
+                mlflow.create_registered_model(name)
             environment = {
                 **services.environment,
                 **mine,
