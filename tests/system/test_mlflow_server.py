@@ -137,7 +137,7 @@ def test_the_stages_user_owns_what_it_makes_and_nothing_else(
     (tmp_path / "report.html").write_text("<p>all is well</p>", encoding="utf-8")
     client.log_artifact(run.info.run_id, str(tmp_path / "report.html"))
     assert client.get_run(run.info.run_id).data.metrics == {"reward": 0.5}
-    client.create_registered_model("rankloop-policy")
+    assert {each.name for each in client.search_registered_models()} == {"rankloop-policy", "rankloop-reward-model"}
     version = client.create_model_version("rankloop-policy", f"runs:/{run.info.run_id}/policy", run.info.run_id)
     client.set_registered_model_alias("rankloop-policy", "champion", version.version)
     with pytest.raises(MlflowException, match=r"Permission denied|403"):
