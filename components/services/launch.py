@@ -286,8 +286,9 @@ def launch(
 
 
 def _run(module: types.ModuleType, config: Settings, inputs: Settings, context: Context) -> Any:
-    """Runs the stage: here, or in as many processes as its config asks for."""
-    if getattr(config, "processes", 1) * getattr(config, "nodes", 1) == 1:
+    """Runs the stage: here, or a training in as many processes as its config asks for."""
+    nodes = getattr(config, "nodes", 0)  # ingest's `processes` are its own affair
+    if not nodes or nodes * getattr(config, "processes", 1) == 1:
         return module.run(config, inputs, context)
     from components.services.processes import run_together
 
