@@ -118,7 +118,8 @@ def _seaweed(value: Mapping[str, Any]) -> Created | None:
     if not key:
         return None
     attributes = entry.get("attributes") or {}
-    which = [attributes.get(each) for each in ("mtime", "md5", "file_size")]
+    which = [attributes.get(each) for each in ("mtime", "md5", "file_size")]  # mtime is in seconds, so:
+    which += [[each.get("modified_ts_ns"), each.get("e_tag")] for each in entry.get("chunks") or []]
     if not any(which):
         raise DoNotRetry(f"the event of {path} has no attributes of its entry, so a second delivery could not be told")
     uri = _uri(bucket, key)
