@@ -240,6 +240,18 @@ def logged(uri: str) -> dict[str, Any]:
     return {name: [(point.step, point.value) for point in client().get_metric_history(run_id, name)] for name in names}
 
 
+def kinds(root: str) -> set[str]:
+    """What there is below a root, by its first folder."""
+    return {item.uri.split("/")[4] for item in Storage().list(root + "/")}
+
+
+def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """The same weights but for rounding."""
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        torch.testing.assert_close(ours[name], values, atol=2e-5, rtol=2e-5)
+
+
 def is_measured(name: str) -> bool:
     """Whether a number is a time, a speed or an amount of memory: what differs from run to run."""
     return "second" in name or "memory_" in name

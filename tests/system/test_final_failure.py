@@ -19,7 +19,7 @@ from components.services.tracking import PARENT_VARIABLE
 from pipelines.local_services import LocalServices, free_ports
 from tests.cluster_graphs import compiled
 
-REPOSITORY = Path(__file__).parents[4]
+REPOSITORY = Path(__file__).parents[2]
 IMPORTED_BY_THE_STAGE = "components.ingest_rankings.snapshot"
 
 
