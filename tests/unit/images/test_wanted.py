@@ -53,7 +53,7 @@ def test_the_two_files_differ_only_where_the_images_do() -> None:
 
 def test_the_check_finds_what_is_missing_or_not_locked() -> None:
     check = script("check")
-    assert check.missing("validate_data") == check.missing("ppo_finetune") == set()
+    assert check.missing("validate_data", "data") == check.missing("ppo_finetune", "train") == set()
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     assert not [each for each in check.unlocked(lock) if each.startswith("boto3 ")]
     assert [each for each in check.unlocked(lock.replace("boto3==", "boto3==0.")) if each.startswith("boto3 ")]
