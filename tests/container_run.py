@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kfp import local
 
-from pipelines.rlhf import rlhf
+from pipelines.rlhf import rlhf_graph
 
 
 def main(path: Path) -> None:
@@ -19,7 +19,7 @@ def main(path: Path) -> None:
     local.init(
         local.DockerRunner(**request["container"]), pipeline_root=request["folder"], raise_on_error=True, enable_caching=False
     )
-    rlhf(**request["arguments"])
+    rlhf_graph()(**request["arguments"])
 
 
 if __name__ == "__main__":
