@@ -1,7 +1,8 @@
 """Blocks sorted out by several processes, in the order in which they were read.
 
 Most of an ingest is work on Python's objects, which one process does on one core. The processes are started when there is enough to
-do for them, and get blocks of rows and give back rankings that are ready for the sort, through pipes. What they make does not
+do for them, and get blocks of rows and give back rankings that are ready for the sort, through the standard library's connections:
+pipes to children of this process alone, so nothing that came from outside is read as Python's objects. What they make does not
 depend on how many there are. One that is killed ends the ingest; when the ingest ends, in whatever way, they end.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pickle
 import queue
 import signal
 import subprocess
@@ -20,9 +20,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from components.ingest_rankings.rows import Block
 from components.ingest_rankings.sorter import Reading, Sorted, Sorter
@@ -33,8 +34,9 @@ PIPE_BYTES = 2**20
 MOST = 8  # processes by default: one that unpacks and writes cannot feed more
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _PROGRAM = """
-import pickle, sys
-sys.path[:] = pickle.load(sys.stdin.buffer)
+import os, sys
+from multiprocessing.connection import Connection
+sys.path[:] = Connection(os.dup(0), writable=False).recv()
 from components.ingest_rankings.processes import work
 work()
 """
@@ -119,23 +121,25 @@ class Sorting:
         """Gives a process block after block; once it fails, every block that this thread gets fails."""
         assert process.stdin
         assert process.stdout
+        asked = Connection(os.dup(process.stdin.fileno()), readable=False)
+        replies = Connection(os.dup(process.stdout.fileno()), writable=False)
         failure: BaseException | None = None
         try:
-            _send(process.stdin, sys.path)
-            _send(process.stdin, self._reading)
-            pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError):
+            asked.send(sys.path)
+            asked.send(self._reading)
+            replies.recv()
+        except (OSError, EOFError):
             failure = _ended(process)
         self._ready.set()
         while item := self._blocks.get():
             block, future = item
             try:
                 if failure is None:
-                    _send(process.stdin, block)
-                    found = pickle.load(process.stdout)
+                    asked.send(block)
+                    found = replies.recv()
                     if isinstance(found, _Failed):
                         failure = RuntimeError(f"a process of the ingest failed:\n{found.told}")
-            except (OSError, EOFError, pickle.UnpicklingError):
+            except (OSError, EOFError):
                 failure = _ended(process)
             except Exception as error:  # what cannot be sent: the one who waits must learn of it
                 failure = error
@@ -161,21 +165,16 @@ def _widen(pipe: IO[bytes] | None) -> None:
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
-def _send(pipe: IO[bytes], value: Any) -> None:
-    pickle.dump(value, pipe, protocol=5)
-    pipe.flush()
-
-
 def work() -> None:
     """What each process does: blocks come from its standard input, and what became of them goes to its standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    replies = os.fdopen(os.dup(1), "wb")
+    asked, replies = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # what a library may print is no reply
-    sorter = Sorter(pickle.load(sys.stdin.buffer))
-    _send(replies, None)
+    sorter = Sorter(asked.recv())
+    replies.send(None)
     while True:
         try:
-            block = pickle.load(sys.stdin.buffer)
+            block = asked.recv()
         except EOFError:  # no more of them, or nobody who could send one
             return
         try:
@@ -183,6 +182,6 @@ def work() -> None:
         except Exception:
             found = _Failed(traceback.format_exc())
         try:
-            _send(replies, found)
+            replies.send(found)
         except BrokenPipeError:
             os._exit(1)  # the one who asked is gone; a close of the pipe would fail again
