@@ -125,7 +125,7 @@ def test_a_database_that_crashes_and_comes_back_loses_no_metric(
     services: LocalServices, undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path_factory.mktemp("database")
-    for each in (folder, *folder.parents[:2]):
+    for each in (folder, *folder.parents[:3]):
         each.chmod(0o755)  # PostgreSQL runs as a user of its own
     reference = logged(undisturbed.uri("ppo_finetune"))
     with mlflow_on_postgres(services, folder) as address:
