@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,8 +34,8 @@ ResourceName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A
 
 def bytes_of(quantity: str) -> int:
     """A quantity of Kubernetes in bytes: `bytes_of("2Gi")` is 2147483648."""
-    number, unit = re.match(r"(\d+)(\D*)", quantity).groups()  # type: ignore[union-attr]
-    return int(number) * _UNITS[unit]
+    number = quantity.rstrip("KMGTi")
+    return int(number) * _UNITS[quantity.removeprefix(number)]
 
 
 class Toleration(Settings):

@@ -41,6 +41,7 @@ from components.rlhf.sharding import divide_layers
 from components.rlhf.tokens import Encoded, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
+from components.services.job import Distributed
 from components.services.launch import Context, Settings
 from components.services.storage import MARKER, join
 
@@ -52,7 +53,7 @@ LOWER_RATE = "lower dpo_finetune.learning_rate"
 _log = logging.getLogger(__name__)
 
 
-class Config(Settings):
+class Config(Distributed):
     RUNTIME_ONLY = frozenset({"micro_batch_tokens", "processes", "nodes", "shard", "threads", "checkpoint_seconds"})
 
     loss: Loss = "pairs"
@@ -87,10 +88,6 @@ class Config(Settings):
     """Type of the weights; in bfloat16, those that are trained (all, or adapters) are kept and stepped in float32 too."""
     seed: int = 0
     """Seed of the adapter and of the order of the rankings."""
-    processes: int = Field(1, ge=1)
-    """Processes on each node, one for each GPU: they share each step's work, and the result is the same within rounding."""
-    nodes: int = Field(1, ge=1)
-    """Nodes; with more than one the stage starts a Kubeflow TrainJob of so many pods and follows it."""
     shard: bool = False
     """Divide weights, gradients and moments of the layers over the processes (FSDP2): for models that one GPU cannot hold."""
     threads: int = Field(0, ge=0)

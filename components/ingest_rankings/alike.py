@@ -26,7 +26,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from components.ingest_rankings.batches import BAND, KEY, KEY_FILES, PLACE, Batch, Policies
+from components.ingest_rankings.batches import BAND, KEY, KEY_FILES, PLACE, Batch, Policies, file_of
 from components.ingest_rankings.likeness import how_near
 from components.ingest_rankings.quarantine import Quarantine
 from components.ingest_rankings.rows import Rejected
@@ -83,7 +83,7 @@ class Alike:
     def take(self, batch: Batch, origin: str, starts: NDArray[np.uint64]) -> None:
         """Keeps the keys of rankings of the file `origin`, whose records begin at `starts` of the sort's files."""
         places = batch.places
-        places["offset"] += starts[(places["high"].astype(np.uint64) >> np.uint64(58)).astype(np.int64)]
+        places["offset"] += starts[file_of(places["high"], len(starts))]
         places["file"] = self._origins.setdefault(origin, len(self._origins))
         self._places_file.write(places.tobytes())
         self._known_rater += batch.known_rater

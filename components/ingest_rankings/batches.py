@@ -47,13 +47,15 @@ class Keys(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Fields:
-    records: for each file of the sort what is appended to it: digest, size and canonical JSON of each ranking.
-    places: `PLACE` of each ranking; `offset` is that in its part of `records`, and `file` is 0.
-    known_rater: one byte for each, 1 where the rater is known.
-    keys: by kind, of those that are looked for.
-    prompts: for each file of prompts their digests.
-    raters: who they are.
+    """Rankings of one file, ready for the sort.
+
+    Fields:
+        records: for each file of the sort what is appended to it: digest, size and canonical JSON of each ranking.
+        places: `PLACE` of each ranking; `offset` is that in its part of `records`, and `file` is 0.
+        known_rater: one byte for each, 1 where the rater is known.
+        keys: by kind, of those that are looked for.
+        prompts: for each file of prompts their digests.
+        raters: who they are.
     """
 
     records: list[bytes]
@@ -111,7 +113,11 @@ def _keys(kind: str, rankings: Sequence[Ranking]) -> Keys:
     return _by_file(entries, KEY_FILES[kind])
 
 
+def file_of(keys: NDArray[Any], files: int) -> NDArray[np.int64]:
+    """The file of each key, by its first bits; `files` is a power of 2."""
+    return (keys.astype(np.uint64) >> np.uint64(65 - files.bit_length())).astype(np.int64)
+
+
 def _by_file(entries: NDArray[Any], files: int) -> Keys:
-    """By the first bits of the key; `files` is a power of 2."""
-    file = (entries["key"].astype(np.uint64) >> np.uint64(65 - files.bit_length())).astype(np.int64)
+    file = file_of(entries["key"], files)
     return Keys(entries[np.argsort(file.astype(np.uint8), kind="stable")], np.bincount(file, minlength=files))

@@ -18,32 +18,33 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field, model_validator
 
-from components.ppo_finetune.engine import rollout_engine
+from components.ppo_finetune.engine import roll_out, rollout_engine
 from components.ppo_finetune.memory import plan
 from components.ppo_finetune.pretraining import examples_of_update, read_texts, windows
+from components.ppo_finetune.progress import Progress
 from components.ppo_finetune.prompts import read_prompts
-from components.ppo_finetune.roles import POLICY, Roles, load_roles
-from components.ppo_finetune.update import Optimisers, Stopwatch, look_at, optimise, roll_out, statistics
+from components.ppo_finetune.roles import POLICY, load_roles
+from components.ppo_finetune.update import Stopwatch, look_at, optimise, statistics
 from components.ppo_finetune.watch import check, keep_best, over_optimised
 from components.rlhf.activations import checkpoint_activations
 from components.rlhf.adapters import save_policy
 from components.rlhf.distributed import any_of, check_same
 from components.rlhf.memory import GIB, peak_bytes, release_free_memory, table
 from components.rlhf.models import context_tokens, member_folders
-from components.rlhf.optimisation import Optimiser, data_order, load_weights, weights_of
+from components.rlhf.optimisation import data_order, load_weights
 from components.rlhf.ppo import next_beta
 from components.rlhf.reward import Aggregation
 from components.rlhf.rollout import Completion
 from components.rlhf.tokens import Encoded
-from components.rlhf.vllm_sampler import VllmSampler
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
+from components.services.job import Distributed
 from components.services.launch import Context, Settings, json_digest
 
 _log = logging.getLogger(__name__)
 
 
-class Config(Settings):
+class Config(Distributed):
     RUNTIME_ONLY = frozenset(
         {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "threads", "checkpoint_seconds"}
         | {"vllm_python", "vllm_memory_fraction", "vllm_sleep", "vllm_timeout_seconds"}
@@ -147,10 +148,6 @@ class Config(Settings):
     """Longest that vLLM may take to start, or for the rollouts of one update, in seconds; then the stage ends for a retry."""
     seed: int = 0
     """Seed of the sampling; the order of the prompts has a stream of its own."""
-    processes: int = Field(1, ge=1)
-    """Processes on each node, one for each GPU: they share each step's work, and the result is the same within rounding."""
-    nodes: int = Field(1, ge=1)
-    """Nodes; with more than one the stage starts a Kubeflow TrainJob of so many pods and follows it."""
     threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 leaves its default."""
     checkpoint_seconds: float = Field(60.0, ge=0)
@@ -184,71 +181,6 @@ class Inputs(Settings):
 
 class Outputs(NamedTuple):
     policy_uri: str
-
-
-class Progress:
-    """Everything of a run that changes, and so everything that a checkpoint holds.
-
-    Attributes:
-        update: the next one; the number of updates done.
-        beta: the KL coefficient.
-        history: what was logged, update by update.
-        best: the policy's weights in the last update than which the judge liked no other better (`watch.keep_best`).
-        engine: that samples, where the policy does not itself; in no checkpoint, for it gets the weights anew at each rollout.
-    """
-
-    def __init__(self, config: Config, roles: Roles, engine: VllmSampler | None = None) -> None:
-        self.engine = engine
-        steps = config.updates * config.epochs * config.minibatches
-        value_steps = config.updates * (config.value_epochs or config.epochs) * config.minibatches
-        self.roles = roles
-        self.optimisers = Optimisers(
-            Optimiser(
-                roles.policy.trainable,
-                learning_rate=config.learning_rate,
-                steps=steps - config.critic_warmup_updates * config.epochs * config.minibatches,
-                warmup_fraction=config.warmup_fraction,
-            ),
-            Optimiser(
-                roles.value.trainable,
-                learning_rate=config.value_learning_rate,
-                steps=value_steps,
-                warmup_fraction=config.warmup_fraction,
-            ),
-        )
-        self.update = 0
-        self.beta = config.beta
-        self.history: list[dict[str, Any]] = []
-        self.best: list[torch.Tensor] = []
-        self.best_update = 0
-        # Sampling and the order of the rows draw from streams of their own.
-        self.sampling = torch.Generator().manual_seed(config.seed * 1_000_003 + 1)
-        self.order = torch.Generator().manual_seed(config.seed * 1_000_003 + 2)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "update": self.update,
-            "beta": self.beta,
-            "history": self.history,
-            "best": self.best,
-            "best_update": self.best_update,
-            "policy": weights_of(self.roles.policy.trainable),
-            "value": weights_of(self.roles.value.trainable),
-            "policy_optimiser": self.optimisers.policy.state(),
-            "value_optimiser": self.optimisers.value.state(),
-            "sampling": self.sampling.get_state(),
-            "order": self.order.get_state(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.update, self.beta, self.history = state["update"], state["beta"], state["history"]
-        self.best, self.best_update = state["best"], state["best_update"]
-        load_weights(self.roles.policy.trainable, state["policy"])
-        load_weights(self.roles.value.trainable, state["value"])
-        self.optimisers.policy.load(state["policy_optimiser"])
-        self.optimisers.value.load(state["value_optimiser"])
-        self.sampling.set_state(state["sampling"])
-        self.order.set_state(state["order"])
 
 
 def run(config: Config, inputs: Inputs, context: Context) -> Outputs:

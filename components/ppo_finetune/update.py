@@ -23,9 +23,8 @@ from components.rlhf.mismatch import Mismatch, mismatch, sampler_weights
 from components.rlhf.models import Role
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.reward import Aggregation, Centring, aggregate, batch_scores
-from components.rlhf.rollout import PREFILL_MICRO_BATCHES, Completion, sample_tokens, to_completion, token_logprobs
+from components.rlhf.rollout import Completion, token_logprobs
 from components.rlhf.tokens import Batch, Encoded, length_batches, right_pad
-from components.rlhf.vllm_sampler import SEEDS, VllmSampler
 
 POLICY_SUMS = ("policy_loss", "clip_fraction", "kl_old")
 
@@ -33,8 +32,6 @@ POLICY_SUMS = ("policy_loss", "clip_fraction", "kl_old")
 class Knobs(Protocol):
     """What an update needs of the stage's configuration; meanings and units stand there."""
 
-    samples_per_prompt: int
-    max_new_tokens: int
     temperature: float
     no_eos_score: float
     cut_completions: Literal["fixed", "scored"]
@@ -96,65 +93,6 @@ class MicroBatch(NamedTuple):
 
     rows_B: Tensor
     part: Batch
-
-
-def roll_out(
-    knobs: Knobs,
-    roles: Roles,
-    prompts: Sequence[Sequence[int]],
-    generator: torch.Generator,
-    engine: VllmSampler | None = None,
-) -> list[Completion]:
-    """`samples_per_prompt` completions of each prompt from the current policy, prompt by prompt; from `engine` if there is one.
-
-    Each process samples every n-th prompt, and draws the numbers, or the engine's seeds, of all.
-    """
-    own = slice(rank(), None, processes())
-    samples = knobs.samples_per_prompt
-    drawn: list[tuple[list[int], Tensor]] = []
-    if engine is not None:
-        seeds = torch.randint(SEEDS, (len(prompts), samples), generator=generator)[own].flatten().tolist()
-        asked = [prompt for prompt in prompts[own] for _ in range(samples)]
-        drawn = engine(asked, seeds, max_new_tokens=knobs.max_new_tokens, temperature=knobs.temperature) if asked else []
-    elif prompts[own]:
-        drawn = sample_tokens(
-            roles.policy,
-            prompts[own],
-            max_new_tokens=knobs.max_new_tokens,
-            temperature=knobs.temperature,
-            pad_id=roles.tokenizer.pad_token_id,
-            eos_id=roles.tokenizer.eos_token_id,
-            generator=generator,
-            samples=samples,
-            among=(len(prompts), own),
-            prefill_tokens=PREFILL_MICRO_BATCHES * knobs.micro_batch_tokens,
-        )
-    if processes() > 1:
-        drawn = _of_all(knobs, drawn, len(prompts), generator if engine is None else None)
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    return [to_completion(roles.tokenizer, prompt, *each) for prompt, each in zip(repeated, drawn, strict=True)]
-
-
-def _of_all(
-    knobs: Knobs, own: Sequence[tuple[list[int], Tensor]], prompts: int, generator: torch.Generator | None
-) -> list[tuple[list[int], Tensor]]:
-    """What all processes have sampled, prompt by prompt; the generator, if there is one, is left as if this one had sampled all."""
-    samples, budget = knobs.samples_per_prompt, knobs.max_new_tokens
-    ids, logprobs = torch.zeros((prompts, samples, budget), dtype=torch.long), torch.zeros((prompts, samples, budget))
-    lengths = torch.zeros((prompts, samples), dtype=torch.long)
-    for number, (tokens, values) in enumerate(own):
-        prompt, sample = rank() + number // samples * processes(), number % samples
-        ids[prompt, sample, : len(tokens)] = torch.tensor(tokens)
-        logprobs[prompt, sample, : len(tokens)] = values
-        lengths[prompt, sample] = len(tokens)
-    for each in (ids, logprobs, lengths):
-        summed(each)
-    for _ in range(int(lengths.max()) - max((len(tokens) for tokens, _ in own), default=0) if generator else 0):
-        torch.rand(prompts * samples, generator=generator, dtype=torch.float64)
-    return [
-        (row_ids[:length].tolist(), row_logprobs[:length].clone())
-        for row_ids, row_logprobs, length in zip(ids.flatten(0, 1), logprobs.flatten(0, 1), lengths.flatten().tolist(), strict=True)
-    ]
 
 
 @torch.no_grad()

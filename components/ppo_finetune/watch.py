@@ -9,7 +9,8 @@ from components.rlhf.optimisation import weights_of
 from components.services.exits import DoNotRetry
 
 if TYPE_CHECKING:
-    from components.ppo_finetune.stage import Config, Progress
+    from components.ppo_finetune.progress import Progress
+    from components.ppo_finetune.stage import Config
 
 
 def check(config: Config, row: dict[str, Any]) -> None:

@@ -5,6 +5,12 @@ The codes are those of BSD's `sysexits.h`, so that they do not collide with the 
 
 from __future__ import annotations
 
+import errno
+import logging
+import tempfile
+
+_log = logging.getLogger(__name__)
+
 EXIT_USAGE = 2  # the command line is wrong; what click and argparse use too
 EXIT_DO_NOT_RETRY = 65  # EX_DATAERR: bad data or configuration, diverged, gate failed: the same run fails the same way
 EXIT_RETRY = 75  # EX_TEMPFAIL: preempted, network, service down, disk full: the same run may succeed later
@@ -30,3 +36,16 @@ class Retry(StageFailure):
     """Preempted, or a service could not be reached. Running it again may succeed, from the last checkpoint."""
 
     exit_code = EXIT_RETRY
+
+
+def code_and_message(error: BaseException) -> tuple[int, str]:
+    """The exit code of a failure and what a person is told; one that nobody foresaw is logged with its traceback."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or tempfile.gettempdir()
+        error = Retry(f"no space left on device: {where}", "free disk space (TMPDIR moves the scratch folder), then run again")
+    if isinstance(error, StageFailure):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    _log.error("unexpected failure", exc_info=error)
+    return 1, f"{type(error).__name__}: {error}"

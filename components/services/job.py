@@ -1,4 +1,4 @@
-"""What several processes run together, and what each of them says when it ends: plain records, without torch."""
+"""How many processes share a training, what they run, and what each of them says when it ends: plain records, without torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from pydantic import Field
 from components.services.launch import Settings
 
 JOB_VARIABLE = "RANKLOOP_JOB"
+
+
+class Distributed(Settings):
+    """Configuration of a training that several processes may share."""
+
+    processes: int = Field(1, ge=1)
+    """Processes on each node, one for each GPU: they share each step's work, and the result is the same within rounding."""
+    nodes: int = Field(1, ge=1)
+    """Nodes; with more than one the stage starts a Kubeflow TrainJob of so many pods and follows it."""
 
 
 class Job(Settings):

@@ -15,7 +15,6 @@ The reason of a failure goes to stderr, to the MLflow run, and to `RANKLOOP_FAIL
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import importlib
 import json
@@ -36,7 +35,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from components.services.exits import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED, DoNotRetry, Retry, StageFailure
+from components.services.exits import EXIT_DO_NOT_RETRY, DoNotRetry, Retry, StageFailure, code_and_message
 from components.services.final_failure import FinalFailure
 from components.services.progress import Progress
 from components.services.run_tree import join_run_tree
@@ -287,8 +286,9 @@ def launch(
 
 def _run(module: types.ModuleType, config: Settings, inputs: Settings, context: Context) -> Any:
     """Runs the stage: here, or a training in as many processes as its config asks for."""
-    nodes = getattr(config, "nodes", 0)  # ingest's `processes` are its own affair
-    if not nodes or nodes * getattr(config, "processes", 1) == 1:
+    from components.services.job import Distributed
+
+    if not isinstance(config, Distributed) or config.processes * config.nodes == 1:
         return module.run(config, inputs, context)
     from components.services.processes import run_together
 
@@ -343,19 +343,6 @@ def _fail(stage: str, error: BaseException, context: Context | None, progress: P
     progress.event("failed", exit_code=code, message=message)
     print(f"{stage} failed: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-def code_and_message(error: BaseException) -> tuple[int, str]:
-    """The exit code of a failure and what a person is told; one that nobody foresaw is logged with its traceback."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = error.filename or tempfile.gettempdir()
-        error = Retry(f"no space left on device: {where}", "free disk space (TMPDIR moves the scratch folder), then run again")
-    if isinstance(error, StageFailure):
-        return error.exit_code, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED, "interrupted"
-    _log.error("unexpected failure", exc_info=error)
-    return 1, f"{type(error).__name__}: {error}"
 
 
 def main(stage: str) -> None:

@@ -24,9 +24,9 @@ import torch
 from torch import distributed as group
 
 from components.rlhf.distributed import any_of, rank, wait_for_all
-from components.services.exits import DoNotRetry, Retry, StageFailure
+from components.services.exits import DoNotRetry, Retry, StageFailure, code_and_message
 from components.services.job import JOB_VARIABLE, Job, Outcome, die_with_parent
-from components.services.launch import STORAGE_VARIABLE, Context, Settings, code_and_message, parse_settings
+from components.services.launch import STORAGE_VARIABLE, Context, Settings, parse_settings
 from components.services.progress import EVENTS_VARIABLE
 from components.services.storage import Storage, join
 

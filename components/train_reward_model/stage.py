@@ -29,6 +29,7 @@ from components.rlhf.reward_training import recipe_of, train_and_score
 from components.rlhf.tokens import Encoded, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
+from components.services.job import Distributed
 from components.services.launch import Context, Settings
 from components.train_reward_model.studies import learning_curve, plan_subsets
 from components.train_reward_model.training import ensemble, train_one
@@ -36,7 +37,7 @@ from components.train_reward_model.training import ensemble, train_one
 _log = logging.getLogger(__name__)
 
 
-class Config(Settings):
+class Config(Distributed):
     RUNTIME_ONLY = frozenset(
         {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "shard", "threads", "checkpoint_seconds"}
     )
@@ -83,10 +84,6 @@ class Config(Settings):
     """Type of the weights; in bfloat16, those that are trained (all, or adapters) are kept and stepped in float32 too."""
     seed: int = 0
     """Seed of the head, the adapter and the order of the rankings; the judge's is one higher, further members' follow."""
-    processes: int = Field(1, ge=1)
-    """Processes on each node, one for each GPU: they share each step's work, and the result is the same within rounding."""
-    nodes: int = Field(1, ge=1)
-    """Nodes; with more than one the stage starts a Kubeflow TrainJob of so many pods and follows it."""
     shard: bool = False
     """Divide weights, gradients and moments of the layers over the processes (FSDP2): for models that one GPU cannot hold."""
     threads: int = Field(0, ge=0)

@@ -30,6 +30,7 @@ from components.rlhf.sharding import divide_layers
 from components.rlhf.tokens import Encoded, PromptTooLong, encode_completion, encode_prompt, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
+from components.services.job import Distributed
 from components.services.launch import Context, Settings, json_digest
 from components.services.storage import Storage
 from components.train_sft.examples import Example, from_rankings, read_demonstrations
@@ -42,7 +43,7 @@ LOWER_RATE = "lower train_sft.learning_rate"
 _log = logging.getLogger(__name__)
 
 
-class Config(Settings):
+class Config(Distributed):
     RUNTIME_ONLY = frozenset(
         {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "shard", "threads", "checkpoint_seconds"}
     )
@@ -81,10 +82,6 @@ class Config(Settings):
     """Type of a pretrained model's weights; in bfloat16 they are kept and stepped in float32 too."""
     seed: int = 0
     """Seed of the initial weights and of the order of the examples."""
-    processes: int = Field(1, ge=1)
-    """Processes on each node, one for each GPU: they share each step's work, and the result is the same within rounding."""
-    nodes: int = Field(1, ge=1)
-    """Nodes; with more than one the stage starts a Kubeflow TrainJob of so many pods and follows it."""
     shard: bool = False
     """Divide weights, gradients and moments of the layers over the processes (FSDP2): for models that one GPU cannot hold."""
     threads: int = Field(0, ge=0)

@@ -138,6 +138,24 @@ class Connection:
                 failure = error
         raise failure
 
+    def made_once(self, what: str, find: Callable[[], str], create: Callable[..., Any], body: Any, field: str) -> str:
+        """The id of a thing that has a name of its own: the one that is there, or a new one; of two who make it, one does.
+
+        Args:
+            find: gives the id of the one that is there, or "".
+            create: KFP's call, which takes `body` and gives a thing with its id in `field`.
+        """
+        found = find()
+        if found:
+            return found
+        try:
+            return str(getattr(self.ask(what, create, body, again=False), field))
+        except Refused as error:
+            found = find() if error.status in (400, 409) else ""
+            if not found:
+                raise
+            return found
+
     def pages(self, what: str, call: Callable[..., Any], field: str, **options: Any) -> Iterator[Any]:
         """Every item of a listing, page by page."""
         token = ""

@@ -235,7 +235,7 @@ def _different(key: str, has: Any, wants: Any) -> Iterator[str]:
 def _holds(found: Any, wish: Wanted) -> bool:
     """Whether it is as wished, and nobody has changed since what KFP's pages can change: whether it is enabled."""
     mark = MARK.search(found.description or "")
-    return bool(mark) and mark[1] == wish.digest and is_enabled(found) == wish.shown["enabled"]  # type: ignore[index]
+    return mark is not None and mark[1] == wish.digest and bool(is_enabled(found) == wish.shown["enabled"])
 
 
 def is_enabled(found: Any) -> bool:

@@ -10,7 +10,7 @@ from components.services.exits import DoNotRetry
 from components.services.launch import STORAGE_VARIABLE
 from components.services.storage import Storage
 from pipelines.arguments import Fingerprints, Sources, arguments_of, fingerprints_of, upload_simulated
-from pipelines.cluster.connection import Connection, Refused
+from pipelines.cluster.connection import Connection
 from pipelines.cluster.versions import Version, upload
 from pipelines.profile import Profile
 from pipelines.resources import Resources
@@ -81,18 +81,9 @@ def experiment_of(kfp: Connection, name: str) -> str:
     """The id of the experiment, which is created if it is not there."""
     import kfp_server_api
 
-    found = experiment_named(kfp, name)
-    if found:
-        return found
     body = kfp_server_api.V2beta1Experiment(display_name=name, namespace=kfp.namespace or None)
-    try:
-        made = kfp.ask(f"experiment {name}", kfp.client.experiments.experiment_service_create_experiment, body, again=False)
-    except Refused as error:
-        found = experiment_named(kfp, name) if error.status in (400, 409) else ""
-        if not found:
-            raise
-        return found
-    return str(made.experiment_id)
+    create = kfp.client.experiments.experiment_service_create_experiment
+    return kfp.made_once(f"experiment {name}", lambda: experiment_named(kfp, name), create, body, "experiment_id")
 
 
 def experiment_named(kfp: Connection, name: str) -> str:

@@ -87,18 +87,9 @@ def read_anew(path: Path) -> None:
 def _pipeline(kfp: Connection, name: str) -> str:
     import kfp_server_api
 
-    found = _pipeline_named(kfp, name)
-    if found:
-        return found
     body = kfp_server_api.V2beta1Pipeline(display_name=name, name=name, namespace=kfp.namespace or None)
-    try:
-        made = kfp.ask(f"pipeline {name}", kfp.client.pipelines.pipeline_service_create_pipeline, body, again=False)
-    except Refused as error:
-        found = _pipeline_named(kfp, name) if error.status in (400, 409) else ""
-        if not found:
-            raise
-        return found
-    return str(made.pipeline_id)
+    create = kfp.client.pipelines.pipeline_service_create_pipeline
+    return kfp.made_once(f"pipeline {name}", lambda: _pipeline_named(kfp, name), create, body, "pipeline_id")
 
 
 def _pipeline_named(kfp: Connection, name: str) -> str:

@@ -16,90 +16,50 @@ What does not fit by its plan is not tried; what runs out of memory or fails is 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import torch
-import yaml
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from components.dpo_finetune import stage as dpo
 from components.ppo_finetune import roles as ppo_roles
 from components.ppo_finetune import stage as ppo
+from components.ppo_finetune.engine import roll_out
 from components.ppo_finetune.memory import plan
-from components.ppo_finetune.update import Experience, look_at, optimise, roll_out
+from components.ppo_finetune.progress import Progress
+from components.ppo_finetune.update import Experience, look_at, optimise
 from components.rlhf import reward_training
 from components.rlhf.activations import checkpoint_activations
-from components.rlhf.adapters import ADAPTER_FOLDER, save_adapter
-from components.rlhf.attention import use_short_rows
 from components.rlhf.likelihood import add_nll_gradient
 from components.rlhf.memory import GIB, Passes, Share, held_bytes, peak_bytes, training_shares
-from components.rlhf.models import HEAD, device, dtype_of, init_head, policy_role
+from components.rlhf.models import device, policy_role
 from components.rlhf.optimisation import Optimiser
-from components.rlhf.rankings import EncodedRanking, join_where_it_pays
-from components.rlhf.records import Ranking
+from components.rlhf.rankings import join_where_it_pays
 from components.rlhf.rollout import Completion
-from components.rlhf.scratch_model import train_tokenizer
 from components.rlhf.tokens import Encoded
 from components.train_reward_model import stage as reward
 from components.train_sft import stage as sft
-from pipelines.capacity.shapes import SHAPES, Shape, llama_config
 from pipelines.capacity.work import forward_flops, training_flops
-
-PROFILES = Path(__file__).parents[2] / "pipelines" / "profiles"
-CONTEXT_TOKENS = 2048
-RANKED = 4  # completions of a ranking
-CASES = {"smollm2": "SmolLM2-135M", "llm-1b": "Llama-3.2-1B", "llm-8b": "Llama-3.1-8B", "tiny": "tiny"}
-TINY = Shape(64, 128, 2, 4, 2, 512, True, 0)
-
-
-class Case(NamedTuple):
-    """A shape with its profile's settings."""
-
-    name: str
-    config: PretrainedConfig
-    settings: dict[str, dict[str, Any]]
-    folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    matrix_tflops: float  # that a large product in bfloat16 reaches here
-
+from tests.benchmarks.device_measures import ceilings, forget_peak, free, seconds
+from tests.benchmarks.drawn_models import (
+    CASES,
+    Case,
+    drawn,
+    ids,
+    make_case,
+    rankings,
+    save_scorer_folder,
+    weights_are_drawn,
+)
 
 # -- what is measured ----------------------------------------------------------------------------------------------------
-
-
-def synchronise() -> None:
-    if device().type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def seconds(work: Callable[[], object]) -> float:
-    synchronise()
-    started = time.perf_counter()
-    work()
-    synchronise()
-    return time.perf_counter() - started
-
-
-def forget_peak() -> None:
-    """On a CPU the peak is that of the process since its start, whatever is done here."""
-    if device().type != "cpu":
-        torch.accelerator.reset_peak_memory_stats()
-
-
-def free() -> None:
-    gc.collect()
-    if device().type != "cpu":
-        torch.accelerator.empty_cache()
 
 
 def gib(number: float) -> float:
@@ -125,78 +85,6 @@ def speed(case: Case, flops: int, took: float, tokens: int) -> dict[str, float]:
         "tflops": round(rate, 2),
         "of_matrix_product": round(rate / case.matrix_tflops, 3),
     }
-
-
-def ceilings() -> dict[str, Any]:
-    """Rates of a large matrix product in bfloat16, and of a large copy, bytes read and written."""
-    size = 8192 if device().type != "cpu" else 512
-    a, b = (torch.randn((size, size), device=device(), dtype=torch.bfloat16) for _ in range(2))
-    source = torch.randn((2**30 if device().type != "cpu" else 2**22,), device=device(), dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    rates = []
-    for work in (lambda: torch.mm(a, b), lambda: target.copy_(source)):
-        work()
-        rates.append(min(seconds(work) for _ in range(5)))
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device().type,
-        "torch": torch.__version__,
-        "matrix_product_tflops": round(2 * size**3 / rates[0] / 1e12, 3),
-        "copy_gb_per_second": round(2 * source.nbytes / rates[1] / 1e9),
-    }
-
-
-# -- models without files ------------------------------------------------------------------------------------------------
-
-
-def drawn(auto_class: Any, config: PretrainedConfig) -> Any:
-    """A model in bfloat16 whose weights are drawn on the device."""
-    torch.manual_seed(0)
-    with torch.device(device()):
-        model = auto_class.from_config(config, dtype=dtype_of("bfloat16")).eval()
-    if device().type == "cpu":
-        use_short_rows(model)
-    return model
-
-
-@contextmanager
-def weights_are_drawn(case: Case) -> Iterator[None]:
-    """The stages' loaders of models give drawn ones; everything else of the stages is theirs."""
-
-    def policy(*_: Any) -> Any:
-        return drawn(AutoModelForCausalLM, case.config), case.tokenizer
-
-    def scorer(*_: Any) -> Any:
-        config = type(case.config).from_dict({**case.config.to_dict(), "num_labels": 1})
-        model = drawn(AutoModelForSequenceClassification, config)
-        init_head(model.score.float(), 0)
-        return model
-
-    def frozen_scorer(*_: Any) -> Any:
-        return scorer().requires_grad_(False), case.tokenizer
-
-    with (
-        mock.patch.object(ppo_roles, "load_policy", policy),
-        mock.patch.object(ppo_roles, "load_scorer", frozen_scorer),
-        mock.patch.object(reward_training, "new_scorer", scorer),
-        mock.patch.object(dpo, "load_policy", policy),
-    ):
-        yield
-
-
-def ids(case: Case, length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, case.config.vocab_size - 10, (length,), generator=generator).tolist()
-
-
-def rankings(case: Case, count: int, max_tokens: int) -> list[EncodedRanking]:
-    """Rankings of four completions: half of the limit is the prompt's, and the rest a completion's."""
-    prompt, completion = max_tokens // 2, max_tokens - max_tokens // 2
-    empty: dict[str, Any] = dict.fromkeys(("source", "collected_at", "confidence", "policies", "criterion"))
-    record = Ranking(ranking_id="", prompt=[], completions=[""] * RANKED, ranks=[1, 2, 3, 4], rater_id="", split="train", **empty)
-    return [
-        EncodedRanking(record, [ids(case, prompt, n)] * RANKED, [ids(case, completion, n * RANKED + k) for k in range(RANKED)])
-        for n in range(count)
-    ]
 
 
 # -- the trainings -------------------------------------------------------------------------------------------------------
@@ -312,13 +200,6 @@ def preference_step(case: Case, kind: str, compiled: bool = False) -> dict[str, 
     }
 
 
-def save_scorer_folder(case: Case, model: Any, head: torch.nn.Module, config: Any) -> None:
-    """What PPO reads of a reward model beside its backbone: head and adapter."""
-    save_file({HEAD: head.weight.detach().cpu()}, case.folder / "model.safetensors")
-    folder = case.folder / ADAPTER_FOLDER
-    save_adapter(model, reward_training.ADAPTER, folder, config.lora_rank, config.lora_alpha, config.lora_layers)
-
-
 def ppo_update(case: Case, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The phases of an update, a line each, and the whole of its memory."""
     given = {**case.settings["ppo_finetune"], "max_new_tokens": options.new_tokens, "epochs": 1, "minibatches": 1}
@@ -342,7 +223,7 @@ def ppo_update(case: Case, options: argparse.Namespace) -> Iterator[dict[str, An
     if config.activation_checkpointing:
         for role in (roles.policy, roles.value):
             checkpoint_activations(role.backbone)
-    progress = ppo.Progress(config, roles)
+    progress = Progress(config, roles)
     peaks = [peak_bytes()]
 
     def phase(name: str, **facts: Any) -> dict[str, Any]:
@@ -418,22 +299,6 @@ def ppo_update(case: Case, options: argparse.Namespace) -> Iterator[dict[str, An
 
 
 # -- the run -------------------------------------------------------------------------------------------------------------
-
-
-def make_case(name: str, folder: Path, matrix_tflops: float) -> Case:
-    shape = TINY if name == "tiny" else SHAPES[CASES[name]]
-    profile = "smollm2" if name == "tiny" else name
-    settings = yaml.safe_load((PROFILES / f"{profile}.yaml").read_text(encoding="utf-8"))
-    if name == "tiny":
-        for stage in ("train_reward_model", "ppo_finetune", "dpo_finetune"):
-            settings[stage]["lora_layers"] = 1
-    tokenizer = train_tokenizer(["some words for a tokenizer"], 300, CONTEXT_TOKENS)
-    config = llama_config(shape, CONTEXT_TOKENS)
-    config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
-    folder = folder / name
-    folder.mkdir()
-    config.save_pretrained(folder)
-    return Case(name, config, settings, folder, tokenizer, matrix_tflops)
 
 
 def items(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Iterator[dict[str, Any]]]]]:

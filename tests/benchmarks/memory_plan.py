@@ -26,6 +26,7 @@ from components.rlhf.live_bytes import LiveBytes
 from components.rlhf.scratch_model import train_tokenizer
 from pipelines.capacity.shapes import SHAPES, Shape, llama_config
 from tests.benchmarks import gpu
+from tests.benchmarks.drawn_models import CONTEXT_TOKENS, Case
 
 CASES = {
     "1m": Shape(128, 384, 4, 4, 2, 2048, True, 1_049_728),
@@ -57,16 +58,16 @@ def settings_of(way: str, max_tokens: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def make_case(name: str, way: str, max_tokens: int, folder: Path) -> gpu.Case:
-    tokenizer = train_tokenizer(["some words for a tokenizer"], 300, gpu.CONTEXT_TOKENS)
-    config = llama_config(CASES[name], gpu.CONTEXT_TOKENS)
+def make_case(name: str, way: str, max_tokens: int, folder: Path) -> Case:
+    tokenizer = train_tokenizer(["some words for a tokenizer"], 300, CONTEXT_TOKENS)
+    config = llama_config(CASES[name], CONTEXT_TOKENS)
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return gpu.Case(f"{name}-{way}", config, settings_of(way, max_tokens), folder, tokenizer, 1.0)
+    return Case(f"{name}-{way}", config, settings_of(way, max_tokens), folder, tokenizer, 1.0)
 
 
-def measured(case: gpu.Case, item: str, options: argparse.Namespace) -> dict[str, Any]:
+def measured(case: Case, item: str, options: argparse.Namespace) -> dict[str, Any]:
     """The line of one training that has both, plan and peak."""
     live = LiveBytes()
 

@@ -17,8 +17,9 @@ import torch
 from transformers import AutoTokenizer
 
 from components.ppo_finetune.memory import plan
+from components.ppo_finetune.progress import Progress
 from components.ppo_finetune.roles import load_roles
-from components.ppo_finetune.stage import Config, Progress, one_update
+from components.ppo_finetune.stage import Config, one_update
 from components.rlhf.adapters import add_adapter, save_adapter
 from components.rlhf.memory import GIB, peak_bytes, table
 from components.rlhf.models import load_policy, new_scorer, save_model

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 
+from components.ppo_finetune.progress import Progress
 from components.ppo_finetune.prompts import read_prompts
 from components.ppo_finetune.roles import load_roles
-from components.ppo_finetune.stage import Config, Progress, one_update
+from components.ppo_finetune.stage import Config, one_update
 from components.ppo_finetune.watch import keep_best, over_optimised
 from components.rlhf.optimisation import data_order
 from components.rlhf.records import iterate_snapshot, prompt_key

@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from components.ppo_finetune.engine import roll_out
+from components.ppo_finetune.progress import Progress
 from components.ppo_finetune.roles import Roles, load_roles
-from components.ppo_finetune.stage import Config, Progress, one_update, read_prompts
-from components.ppo_finetune.update import Experience, MicroBatch, add_policy_gradient, look_at, optimise, roll_out, statistics
+from components.ppo_finetune.stage import Config, one_update, read_prompts
+from components.ppo_finetune.update import Experience, MicroBatch, add_policy_gradient, look_at, optimise, statistics
 from components.rlhf import checkpoint, ppo
 from components.rlhf.optimisation import Optimiser, weights_of
 from components.rlhf.records import SCHEMA

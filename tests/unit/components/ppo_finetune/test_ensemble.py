@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from components.ppo_finetune.engine import roll_out
 from components.ppo_finetune.roles import Roles, load_roles
 from components.ppo_finetune.stage import Config
-from components.ppo_finetune.update import look_at, roll_out, statistics
+from components.ppo_finetune.update import look_at, statistics
 from components.rlhf.models import load_scorer, member_folders
 from components.rlhf.reward import Centring
 from components.rlhf.tokens import encode_prompt

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from components.ppo_finetune.engine import roll_out
 from components.ppo_finetune.pretraining import examples_of_update, read_texts, windows
+from components.ppo_finetune.progress import Progress
 from components.ppo_finetune.roles import load_roles
-from components.ppo_finetune.stage import Config, Progress
-from components.ppo_finetune.update import look_at, optimise, roll_out
+from components.ppo_finetune.stage import Config
+from components.ppo_finetune.update import look_at, optimise
 from components.rlhf.likelihood import add_nll_gradient, mean_nll
 from components.rlhf.models import load_policy, policy_role
 from components.rlhf.tokens import Encoded, encode_prompt

@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from components.ppo_finetune.engine import roll_out
+from components.ppo_finetune.progress import Progress
 from components.ppo_finetune.roles import POLICY, Roles, load_roles
-from components.ppo_finetune.stage import Config, Progress
-from components.ppo_finetune.update import Experience, look_at, optimise, roll_out, statistics
+from components.ppo_finetune.stage import Config
+from components.ppo_finetune.update import Experience, look_at, optimise, statistics
 from components.rlhf.adapters import save_policy
 from components.rlhf.models import Precision, load_scorer
 from components.rlhf.optimisation import weights_of
