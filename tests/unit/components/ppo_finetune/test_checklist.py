@@ -1,4 +1,7 @@
-"""Lines of the checklist that a whole PPO update must keep: each against numbers that are worked out here, one token at a time."""
+"""Lines of the checklist that a whole PPO update must keep: each against numbers that are worked out here, one token at a time.
+
+One file although it is long: the lines share the update that is worked out by hand.
+"""
 
 from __future__ import annotations
 
