@@ -70,12 +70,12 @@ def may_hold(text: str, region: str) -> bool:
 
 
 # The same of ASCII texts, and of no other, by one automaton for all of it (RE2).
-_ANY = rf"[^\x00-\x7f]|@|\+\(?[1-9]|[A-Za-z0-9_+/-]{{{SHORTEST}}}|[0-9](?:[ -]*[0-9]){{9}}"
+_ANY = rf"[^\x00-\x7f]|@|(?:^|[^\w)+])\+\(?[1-9]|[A-Za-z0-9_+/-]{{{SHORTEST}}}|[0-9](?:[ -]*[0-9]){{9}}"
 _ANY_NATIONAL = _ANY + r"|[0-9](?:[ .()/-]*[0-9]){6}"
 
 
 def may_hold_each(texts: Sequence[str], region: str) -> list[bool]:
-    """For each text, as it is, false only if `may_hold` is false of it as a plain one; a quarter of the time for many texts."""
+    """Of each text, as it is, `may_hold`, and true of each with a sign beyond ASCII; a quarter of the time for many texts."""
     found: list[bool] = pc.match_substring_regex(pa.array(texts, pa.string()), _ANY_NATIONAL if region else _ANY).to_pylist()
     return found
 
