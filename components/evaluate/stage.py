@@ -27,7 +27,7 @@ from components.evaluate.choice import choose, divide
 from components.evaluate.groups import GroupBy, groups_of, measure_groups
 from components.evaluate.instructions import Instruction, instruction_records
 from components.evaluate.judges.judge import RECORDS, find_labels, judge_all
-from components.evaluate.judges.pairs import Intervals, pairs_of
+from components.evaluate.judges.pairs import Intervals, by_scores, pairs_of
 from components.evaluate.judges.settings import JudgeSettings
 from components.evaluate.looks import take_look
 from components.evaluate.measures import (
@@ -245,12 +245,17 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     instructed = instruction_records(instructions, instruction_answers)
     asked = [prompts[i] for i in used]
     groups = groups_of(iterate_snapshot(snapshot, "test"), asked, config.group_by)
-    by_group, tables = measure_groups(answers, groups, config.min_group_prompts, config.seed, config.bootstrap_resamples)
-    measures = measure_all(config, look, drawn, answers) | measure_refusals(probed) | measure_instructions(instructed) | by_group
+    measures = measure_all(config, look, drawn, answers) | measure_refusals(probed) | measure_instructions(instructed)
     if probes.texts:
         measures |= measure_plain_text(drawn.plain_read, config.seed, config.bootstrap_resamples)
     intervals = Intervals(config.seed, config.bootstrap_resamples, lambda outcomes: win_rate_interval(outcomes, look.alpha))
-    measures, judges = judge_all(config, context, folder, uri, pairs_of(asked, answers), labels, measures, intervals)
+    pairs = pairs_of(asked, answers)
+    scored = by_scores(pairs, answers)
+    measures, judges, judgements = judge_all(config, context, folder, uri, pairs, scored, labels, measures, intervals)
+    by_group, tables = measure_groups(
+        pairs, judgements, groups, config.min_group_prompts, config.min_judged_fraction, config.seed, config.bootstrap_resamples
+    )
+    measures |= by_group
     training = read_training(context.scratch / "models" / "candidate")
     deviations = deviations_of(answers["sft"])
     present = {"champion": champion, "groups": by_group, **probes._asdict()}

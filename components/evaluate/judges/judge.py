@@ -32,20 +32,23 @@ def judge_all(
     folder: Path,
     uri: str,
     pairs: Sequence[Pair],
+    scored: list[Judgement],
     labels: Labels,
     measures: Mapping[str, Any],
     intervals: Intervals,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The measures with those of every judge, and {judge: how it came to them} for evaluation.json.
+) -> tuple[dict[str, Any], dict[str, Any], list[Judgement]]:
+    """The measures with those of every judge, {judge: how it came to them} for evaluation.json, and the gate's judge's judgements.
 
     Writes judgements.jsonl and, for people, the tasks of Label Studio below `folder`, which will be published as `uri`.
 
     Args:
         pairs: as `pairs_of` gives them.
+        scored: the held-out reward model's judgement of each.
         measures: those of the stage, where the plain names of win rates are the held-out reward model's.
     """
     found = rename_reward_model(measures, config.judges, config.gate_judge)
     facts: dict[str, Any] = {}
+    of_gate_judge = scored
     seed, resamples = intervals.seed, intervals.resamples
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / RECORDS, "w", encoding="utf-8") as file:
@@ -64,6 +67,8 @@ def judge_all(
                 found["rater_agreement_humans"] = as_json(pairwise_agreement(agreement, seed, resamples))
                 found["rater_alpha_humans"] = as_json(alpha_estimate(agreement, seed, resamples))
             of_gate = judge == config.gate_judge
+            if of_gate:
+                of_gate_judge = judgements
             rates, counts = win_rates(pairs, judgements, config.min_judged_fraction, intervals, of_gate)
             facts[judge] |= {"over": counts}
             missing = {over: _missing(judge, each, config, uri) for over, each in counts.items()}
@@ -71,7 +76,7 @@ def judge_all(
             for pair, judgement in zip(pairs, judgements, strict=True):
                 file.write(json.dumps(_record(judge, pair, judgement), ensure_ascii=False) + "\n")
             _log.info("judged by %s: %s", judge, facts[judge])
-    return found, facts
+    return found, facts, of_gate_judge
 
 
 def position_bias(judgements: Sequence[Judgement]) -> dict[str, Estimate]:

@@ -8,11 +8,12 @@ lost, at its high end as won (the bounds of Manski 2003), so that no silence of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from components.evaluate.judges.settings import Judge
-from components.evaluate.measures import Answer
+from components.evaluate.measures import Answer, outcome
 from components.rlhf.records import Message
 from components.rlhf.statistics import UNKNOWN, Estimate, as_json, length_controlled_win_rate, win_rate
 
@@ -40,7 +41,7 @@ class Judgement(NamedTuple):
     """What a judge made of a pair.
 
     Fields:
-        outcome: 1 our answer is better, 0.5 a tie, 0 the other's is better; None: no verdict.
+        outcome: 1 our answer is better, 0.5 a tie, 0 the other's is better; None: no verdict; NaN makes every rate unknown.
         asked: whether the judge was asked, and so is silent if there is no outcome.
         details: for judgements.jsonl.
     """
@@ -72,6 +73,11 @@ def pairs_of(prompts: Sequence[Sequence[Message]], answers: Mapping[str, Sequenc
         for row, (prompt, ours) in enumerate(zip(prompts, answers["candidate"], strict=True))
         for over in others
     ]
+
+
+def by_scores(pairs: Sequence[Pair], answers: Mapping[str, Sequence[Answer]]) -> list[Judgement]:
+    """What the held-out reward model makes of each pair; an outcome of NaN where a score is not finite."""
+    return [Judgement(outcome(answers["candidate"][pair.row], answers[pair.over][pair.row], "judge"), True, {}) for pair in pairs]
 
 
 def conversation(prompt: Sequence[Message]) -> str:
@@ -128,6 +134,8 @@ def win_rates(
 
 
 def _rates(outcomes: Sequence[float], longer: Sequence[int], intervals: Intervals, of_gate: bool) -> tuple[Estimate, Estimate]:
+    if not all(map(math.isfinite, outcomes)):
+        return UNKNOWN, UNKNOWN
     raw = intervals.of_gate(outcomes) if of_gate else intervals.win_rate(outcomes)
     return raw, length_controlled_win_rate(outcomes, longer, intervals.seed, intervals.resamples)
 

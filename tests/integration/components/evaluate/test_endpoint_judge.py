@@ -21,7 +21,7 @@ from components.evaluate import stage
 from components.evaluate.judges.endpoint import judge_by_endpoint, request_of
 from components.evaluate.judges.humans import Labels
 from components.evaluate.judges.judge import RECORDS, judge_all, position_bias
-from components.evaluate.judges.pairs import Intervals, Pair, pairs_of
+from components.evaluate.judges.pairs import SAME_TEXT, Intervals, Judgement, Pair, pairs_of
 from components.evaluate.judges.report import judge_sections
 from components.evaluate.measures import Answer
 from components.rlhf.models import save_model
@@ -305,9 +305,12 @@ def test_the_win_rates_of_the_endpoint_are_read_by_the_gate_and_shown(services: 
         context = context_of(config, tmp_path)
         folder = context.scratch / "evaluation"
         intervals = Intervals(0, 100, of_gate=lambda outcomes: wilson_interval(sum(outcomes), len(outcomes)))
-        measures, facts = judge_all(
-            config, context, folder, "s3://b/e", pairs_of(prompts, answers), Labels({}, 0), by_reward_model, intervals
+        pairs = pairs_of(prompts, answers)
+        scored = [Judgement(0.0, True, {})] * len(pairs)
+        measures, facts, judgements = judge_all(
+            config, context, folder, "s3://b/e", pairs, scored, Labels({}, 0), by_reward_model, intervals
         )
+        assert [each.outcome for each in judgements if each is not SAME_TEXT] == [1.0] * 5, "the gate's judge's, not the scores'"
     assert measures["win_rate_over_sft"]["value"] == 1.0
     assert measures["win_rate_over_champion"]["value"] == 5 / 8, "one won, three of equal text"
     assert measures["win_rate_over_sft_reward_model"]["value"] == 0.6

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 
 from components.evaluate.groups import GroupBy, groups_of, groups_section, lowest, measure_groups
-from components.evaluate.measures import Answer
+from components.evaluate.judges.pairs import Judgement, Pair
+from components.evaluate.measures import Measures
 from components.rlhf.error_budget import win_rate_interval
 from components.rlhf.gate import RULES, decide
 from components.rlhf.records import Message, Ranking
@@ -26,11 +28,13 @@ def ranking(text: str, source: str, criterion: str | None = None) -> Ranking:
     )
 
 
-def policies(wins: list[float]) -> dict[str, list[Answer]]:
-    return {
-        "candidate": [Answer(f"a {i}", 4 + i % 3, True, {"judge": each}) for i, each in enumerate(wins)],
-        "sft": [Answer(f"b {i}", 5, True, {"judge": 0.5}) for i, each in enumerate(wins)],
-    }
+def measured(
+    outcomes: list[float | None], groups: list[list[str]], min_prompts: int, asked: list[bool] | None = None
+) -> tuple[Measures, dict[str, list[dict[str, Any]]]]:
+    """Of one opponent; a verdict of None is a prompt that the judge was silent about, or was not asked about."""
+    pairs = [Pair(row, "sft", "q", "a", "b", row % 3 - 1) for row in range(len(outcomes))]
+    judgements = [Judgement(each, put, {}) for each, put in zip(outcomes, asked or [True] * len(outcomes), strict=True)]
+    return measure_groups(pairs, judgements, groups, min_prompts, 0.5, 0, 200)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +60,9 @@ def test_groups_of_the_simulated_world_are_what_is_asked() -> None:
 
 
 def test_rates_of_groups_by_hand_and_a_small_group_is_not_known() -> None:
-    wins = [1.0] * 30 + [0.0] * 10 + [1.0] * 8 + [0.0] * 12 + [0.0] * 3
+    wins: list[float | None] = [1.0] * 30 + [0.0] * 10 + [1.0] * 8 + [0.0] * 12 + [0.0] * 3
     groups = [["big"]] * 40 + [["middle"]] * 20 + [["small"]] * 3
-    measures, tables = measure_groups(policies(wins), groups, 20, 0, 200)
+    measures, tables = measured(wins, groups, 20)
     assert [(row["group"], row["prompts"]) for row in tables["sft"]] == [("middle", 20), ("big", 40), ("small", 3)]
     assert tables["sft"][2]["win_rate"] is None
     big, middle = (win_rate_interval([1.0] * w + [0.0] * lost, 0.05 / 4) for w, lost in ((30, 10), (8, 12)))
@@ -68,18 +72,36 @@ def test_rates_of_groups_by_hand_and_a_small_group_is_not_known() -> None:
     section = groups_section(evaluation)
     assert section.tables[0].rows[2] == ["small", 3, "not known", "not known"]
     assert "each at 97.5 %" in section.paragraphs[0]
-    assert measure_groups(policies(wins), groups, 41, 0, 200)[0] == {}
+    assert measured(wins, groups, 41)[0] == {}
 
 
 def test_a_score_that_is_not_finite_makes_the_worst_group_unknown_and_fails_the_gate() -> None:
-    wins = [1.0] * 40 + [math.nan]
-    measures, tables = measure_groups(policies(wins), [["a"]] * 20 + [["b"]] * 21, 20, 0, 200)
+    wins: list[float | None] = [1.0] * 40 + [math.nan]
+    measures, tables = measured(wins, [["a"]] * 20 + [["b"]] * 21, 20)
     assert tables["sft"][0]["group"] == "b", "the unknown one stands first"
     for found in (measures, {}):
         rows = {row["measure"]: row["verdict"] for row in decide(found, {RULE.threshold: 0.0})[0]}
         assert rows[RULE.measure] == "fail"
     rows = {row["measure"]: row["verdict"] for row in decide({}, {RULE.threshold: None})[0]}
     assert rows[RULE.measure] == "not required"
+
+
+def test_a_group_is_as_large_as_what_its_judge_was_asked_and_silence_counts_either_way() -> None:
+    some: list[float | None] = [0.0] * 30 + [None] * 10
+    unasked, tables = measured(some, [["a"]] * 40, 35, [True] * 30 + [False] * 10)
+    assert unasked == {}, "30 prompts are fewer than 35"
+    assert tables["sft"] == [{"group": "a", "prompts": 30, "win_rate": None, "length_controlled": None}]
+    silent, tables = measured(some, [["a"]] * 40, 35)
+    assert tables["sft"][0]["prompts"] == 40
+    lost, won = (win_rate_interval([0.0] * 30 + [filled] * 10, 0.025) for filled in (0.0, 1.0))
+    assert silent["worst_group_win_rate_over_sft"] == {"value": 0.0, "low": lost.low, "high": won.high}
+
+
+def test_a_judge_that_is_silent_about_most_of_a_group_fails_the_gate() -> None:
+    """At the high end silence counts as won: without this a silent judge would carry the row, which reads that end."""
+    measures, _ = measured([1.0] * 40 + [0.0] * 9 + [None] * 11, [["a"]] * 40 + [["b"]] * 20, 20)
+    rows = {row["measure"]: row["verdict"] for row in decide(measures, {RULE.threshold: 0.5})[0]}
+    assert rows[RULE.measure] == "fail"
 
 
 def test_the_gate_fails_where_a_large_group_is_surely_worse_though_a_small_one_has_the_lowest_rate() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from components.evaluate.judges.pairs import (
     Intervals,
     Judgement,
     Pair,
+    by_scores,
     conversation,
     named,
     pairs_of,
@@ -106,6 +108,23 @@ def test_the_gates_judge_has_the_plain_names() -> None:
         "win_rate_over_sft_humans",
         "win_rate_over_sft_humans_length_controlled",
     }
+
+
+def test_scores_judge_pairs_and_one_that_is_not_finite_makes_the_rate_unknown() -> None:
+    def answer(text: str, score: float) -> Answer:
+        return Answer(text, 5, True, {"judge": score})
+
+    answers = {
+        "candidate": [answer("c0", 1.0), answer("c1", 0.0)],
+        "sft": [answer("s0", 0.0), answer("c1", 3.0)],
+        "champion": [answer("x0", 2.0), answer("x1", math.nan)],
+    }
+    pairs = pairs_of([[{"role": "user", "content": "One"}], [{"role": "user", "content": "Two"}]], answers)
+    scored = by_scores(pairs, answers)
+    assert [each.outcome for each in scored[:3]] == [1.0, 0.0, 0.5], "the same text ties whatever its score"
+    rates, _ = win_rates(pairs, scored, 0.5, Intervals(0, 200, lambda outcomes: win_rate(outcomes, 0, 200)), of_gate=True)
+    assert rates["sft"][0].value == 0.75
+    assert all(math.isnan(end) for rate in rates["champion"] for end in rate)
 
 
 def test_pairs_come_prompt_after_prompt() -> None:
