@@ -49,7 +49,7 @@ from components.rlhf.records import iterate_snapshot
 from components.rlhf.report_page import SIMULATED
 from components.rlhf.statistics import finite
 from components.services.exits import DoNotRetry
-from components.services.launch import Context, Settings, json_digest
+from components.services.launch import Context, Settings
 
 ALWAYS = (  # thresholds that are required of every candidate
     "max_false_pass_probability",
@@ -187,8 +187,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         config.probe_prompts, config.probe_instructions, config.probe_texts, simulated, config.seed, context.storage
     )
     labels, labels_digest = find_labels(config, context)
-    key = json_digest([context.key, champion, probes, labels_digest])[:32]
-    uri = context.uri("evaluations", key)
+    context.depends_on([champion, probes, labels_digest])
+    uri = context.uri("evaluations")
     folder = context.scratch / "evaluation"
     if context.storage.is_published(uri):
         _log.info("this very evaluation is published already: %s", uri)
@@ -239,7 +239,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
     # 4. Measures and gate. The look is taken before anything is known that somebody might not like.
     undecided = config.gate_judge == "humans" and not config.human_labels  # the gate fails whatever is found: nothing is spent
-    look = take_look(context.storage, looks_uri, key, candidate_uri, config.max_false_pass_probability, spend=not undecided)
+    look = take_look(context.storage, looks_uri, context.key, candidate_uri, config.max_false_pass_probability, spend=not undecided)
     _log.info("look %d at this champion, at an error of %.3g (%s)", look.number, look.alpha, looks_uri)
     probed = probe_records(refusals, refusal_answers, config.refusal_phrases)
     instructed = instruction_records(instructions, instruction_answers)

@@ -39,7 +39,7 @@ from components.rlhf.tokens import Encoded
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
 from components.services.job import Distributed
-from components.services.launch import Context, Settings, json_digest
+from components.services.launch import Context, Settings
 
 _log = logging.getLogger(__name__)
 
@@ -194,7 +194,9 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
             "set both, or neither",
         )
     texts = read_texts(inputs.pretraining, context.storage) if inputs.pretraining else []
-    uri = context.uri("policies", json_digest([context.key, texts])[:32] if texts else "")
+    if texts:
+        context.depends_on(texts)
+    uri = context.uri("policies")
     if context.published_before(uri):
         return Outputs(uri)
 

@@ -123,7 +123,7 @@ class Context:
         tracker: the stage's MLflow run.
         progress: what a person sees.
         scratch: an empty local folder, removed at the end.
-        key: names what this very work makes (`key_of`).
+        key: names what this very work makes (`key_of`, `depends_on`).
     """
 
     def __init__(self, stage: str, config: Settings, inputs: Settings, scratch: Path) -> None:
@@ -146,6 +146,10 @@ class Context:
         self.pages: list[Path] = []  # the stage's reports, for KFP; the first one is the main one
         self._stop = threading.Event()
         self._deferred = False
+
+    def depends_on(self, content: Any) -> None:
+        """Makes what the inputs only name, as JSON, part of `key`: with another content it is other work, checkpoints and all."""
+        self.key = json_digest([self.key, content])[:32]
 
     def uri(self, kind: str, key: str = "") -> str:
         """`<root>/<kind>/<key>`; `key` defaults to this work's own."""

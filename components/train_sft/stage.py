@@ -126,8 +126,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         train = list(from_rankings(iterate_snapshot(snapshot, "train"), config.completions))
     if not train:
         raise DoNotRetry(f"{inputs.snapshot_uri} has no rankings in the train split", "lower ingest_rankings.test_fraction")
-    start = model_digest(config.base_model)
-    uri = context.uri("policies", json_digest([context.key, start, [tuple(e) for e in train]])[:32])
+    context.depends_on([model_digest(config.base_model), [tuple(e) for e in train]])
+    uri = context.uri("policies")
     if context.published_before(uri):
         return Outputs(uri)
 

@@ -35,3 +35,15 @@ def test_work_that_was_published_before_leaves_no_checkpoint(context: Context) -
     publish(context, "other")
     assert context.published_before(one, other)
     assert not list(Storage().list(context.uri("checkpoints") + "/"))
+
+
+def test_another_content_behind_the_same_name_is_other_work(context: Context, tmp_path: Path) -> None:
+    """A text that was changed between a kill and the next run must not be trained on from the old one's checkpoint."""
+    context.depends_on(["first text"])
+    Checkpoints(context, "ppo", 0).save({"step": 3})
+    again, other = (Context("close_run", Config(), Inputs(state="SUCCEEDED"), tmp_path) for _ in range(2))
+    again.depends_on(["first text"])
+    other.depends_on(["another text"])
+    assert Checkpoints(again, "ppo", 0).load() == {"step": 3}
+    assert Checkpoints(other, "ppo", 0).load() is None
+    assert other.uri("policies") != again.uri("policies")
