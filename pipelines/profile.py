@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
 from components.services.exits import DoNotRetry
 from components.services.launch import Settings, from_text, parse_settings
 from pipelines import METHODS, STAGES, WATCH
+from pipelines.yaml_file import read_yaml
 
 CONFIGURED = (*STAGES, WATCH)
 FOLDER = Path(__file__).parent / "profiles"
@@ -88,11 +88,7 @@ def _read(profile: str) -> dict[str, Any]:
     path = Path(profile) if profile.endswith((".yaml", ".yml")) else FOLDER / f"{profile}.yaml"
     if not os.path.isfile(path):
         raise DoNotRetry(_unknown("profile", profile, names()), "or give the path of a YAML file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # PyYAML lets the errors of its own parsing of values through, such as the date 2020-99-99.
-        raise DoNotRetry(f"{path} is not YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict) or not all(
         isinstance(value, str if key in ("description", "method") else dict) for key, value in values.items()
     ):

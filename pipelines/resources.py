@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from components.services.exits import DoNotRetry
 from components.services.launch import Settings, parse_settings
+from pipelines.yaml_file import read_yaml
 
 TABLE = Path(__file__).with_name("resources.yaml")
 PROFILES = ("gpu", "lean")
@@ -204,10 +204,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise DoNotRetry(f"{path} is not YAML: {error}") from error
+    values = read_yaml(path)
     sections = ("stages", "pools", "defaults", "config_maps", "secrets")
     if not isinstance(values, dict) or not all(isinstance(values.get(key, {}), dict) for key in sections):
         raise DoNotRetry(f"{path} is not a table of resources", "see pipelines/resources.yaml")

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import yaml
 from pydantic import Field, field_validator
 
 from components.services.exits import DoNotRetry, Retry
@@ -36,6 +35,7 @@ from pipelines.cluster.connection import Connection, Refused
 from pipelines.cluster.cron import check
 from pipelines.cluster.submit import EXPERIMENT, SERVICE_ACCOUNT, Order, experiment_of, parameters_of
 from pipelines.cluster.versions import upload
+from pipelines.yaml_file import read_yaml
 
 MARK = re.compile(r"rankloop-schedule ([0-9a-f]{16})")
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
@@ -105,12 +105,7 @@ def read_file(path: Path) -> File:
     Raises:
         DoNotRetry: no file, no YAML, an unknown key, a wrong value; the message names each.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError) as error:
-        raise DoNotRetry(f"{path} cannot be read: {error}") from error
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise DoNotRetry(f"{path} is not YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise DoNotRetry(f"{path} holds no schedules", "see pipelines/cluster/schedules.yaml")
     try:

@@ -98,6 +98,9 @@ def test_an_unknown_profile_names_those_that_there_are() -> None:
     ("text", "expected"),
     [
         ("train_sft: {epochs: 1", "is not YAML"),
+        ("train_sft: {epochs: 2020-99-99}", "is not YAML"),
+        ("train_sft: {epochs: 1}\ntrain_sft: {epochs: 2}", "the key 'train_sft' stands twice"),
+        ("train_sft: {epochs: 1,\n  epochs: 2}", "line 2, column 3"),
         ("[1, 2]", "is not a profile"),
         ("train_sft: 3", "is not a profile"),
         ("train_sfd: {epochs: 1}", "did you mean 'train_sft'?"),

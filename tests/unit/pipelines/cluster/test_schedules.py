@@ -160,3 +160,11 @@ def test_a_file_that_is_wrong_is_refused_before_anything_is_asked(values: Any, t
     (tmp_path / "schedules.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     with pytest.raises(DoNotRetry, match=told):
         read_file(tmp_path / "schedules.yaml")
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """PyYAML would keep the second, and the first schedule would be deleted in the cluster."""
+    row = '  weekly: {cron: "0 0 3 * * 1", rankings: "s3://a/b"}\n'
+    (tmp_path / "schedules.yaml").write_text("schedules:\n" + row + row, encoding="utf-8")
+    with pytest.raises(DoNotRetry, match=r"schedules.yaml is not YAML: the key 'weekly' stands twice\n.*line 3, column 3"):
+        read_file(tmp_path / "schedules.yaml")
