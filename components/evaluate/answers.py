@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from components.evaluate.instructions import Instruction
 from components.evaluate.measures import Answer, Reading
 from components.evaluate.refusals import Probe
-from components.rlhf.models import Precision, context_tokens, load_policy, load_scorer
+from components.rlhf.models import Precision, context_tokens, load_policy, load_scorer, member_folders
 from components.rlhf.records import Message, Ranking, prompt_key
-from components.rlhf.reward import score
+from components.rlhf.reward import Aggregation, aggregate, score
 from components.rlhf.rollout import Completion, completion_logprobs, prompt_limit, sample
 from components.rlhf.tokens import PromptTooLong, encode_completion, encode_prompt
 from components.services.exits import DoNotRetry
@@ -137,7 +138,7 @@ def draw(
     plain_read: dict[str, dict[int, Reading]] = {}
     cut: set[int] = set()
     for name, uri in policies.items():
-        model, tokenizer = _load(context, name, uri, "policy", sampling.precision)
+        model, tokenizer = _loaded(_fetch(context, name, uri, "policy"), uri, "policy", sampling.precision)
         limit_tokens = prompt_limit(model.config, sampling.max_new_tokens, sampling.max_prompt_tokens)
         was_cut = {i: _was_cut(tokenizer, prompts[i], limit_tokens) for i in indices}
         indices = [i for i in indices if was_cut[i] is not None]
@@ -187,12 +188,18 @@ def draw(
 
 
 def score_all(
-    context: Context, scorers: Mapping[str, str], prompts: Sequence[list[Message]], drawn: Drawn, sampling: Sampling
+    context: Context,
+    scorers: Mapping[str, str],
+    prompts: Sequence[list[Message]],
+    drawn: Drawn,
+    sampling: Sampling,
+    how: tuple[Aggregation, float] = ("mean", 0.0),
 ) -> dict[str, list[Answer]]:
     """Answers of each policy with the scores of each scorer, in the order of the prompts that all policies answered.
 
     Args:
         scorers: {name: s3:// folder of a reward model}; "true" is the simulated world's preference and has no folder.
+        how: an ensemble's members make one score, as `aggregated_by` tells.
     """
     indices = list(drawn.log_ratios)
     asked = [prompts[i] for i in indices]
@@ -203,14 +210,15 @@ def score_all(
             scores[name] = {policy: _true_scores(asked, given) for policy, given in texts.items()}
             continue
         role = "judge_model" if name == "judge" else "reward_model"
-        model, tokenizer = _load(context, name, uri, role, sampling.precision)
-        try:
-            scores[name] = {
-                policy: score(model, tokenizer, asked, given, batch_size=sampling.batch_size).tolist()
-                for policy, given in context.progress.track(texts.items(), len(texts), f"scores of {name}")
-            }
-        except PromptTooLong as error:
-            raise DoNotRetry(f"{uri}: {error}", "lower evaluate.max_new_tokens") from error
+        by_member: dict[str, list[Tensor]] = {policy: [] for policy in texts}
+        for folder in member_folders(_fetch(context, name, uri, role)):
+            model, tokenizer = _loaded(folder, uri, role, sampling.precision)
+            try:
+                for policy, given in context.progress.track(texts.items(), len(texts), f"scores of {name}"):
+                    by_member[policy].append(score(model, tokenizer, asked, given, batch_size=sampling.batch_size))
+            except PromptTooLong as error:
+                raise DoNotRetry(f"{uri}: {error}", "lower evaluate.max_new_tokens") from error
+        scores[name] = {policy: aggregate(torch.stack(each), *how).tolist() for policy, each in by_member.items()}
     return {
         policy: [
             Answer(each[i].text, len(each[i].token_ids), each[i].ended, {name: scores[name][policy][row] for name in scorers})
@@ -220,14 +228,23 @@ def score_all(
     }
 
 
-def _load(
-    context: Context, name: str, uri: str, role: str, precision: Precision
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def aggregated_by(candidate: Mapping[str, Any]) -> tuple[Aggregation, float]:
+    """How PPO made one score of an ensemble's members, by the candidate's marker; the mean where it was not PPO."""
+    config = candidate.get("config", {})
+    return config.get("reward_aggregation", "mean"), config.get("variance_weight", 0.0)
+
+
+def _fetch(context: Context, name: str, uri: str, role: str) -> Path:
+    """The local folder of a model."""
     folder = context.scratch / "models" / name
     shutil.rmtree(folder, ignore_errors=True)  # two candidates have the same name in turn
     marker = context.storage.fetch_folder(uri, folder)
     if marker.get("role") != role:
         raise DoNotRetry(f"{uri} is a {marker.get('role')!r}, not a {role!r}", f"correct the input for the {name}")
+    return folder
+
+
+def _loaded(folder: Path, uri: str, role: str, precision: Precision) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         return (load_policy if role == "policy" else load_scorer)(folder, precision)
     except (ValueError, OSError) as error:

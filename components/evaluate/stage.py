@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from components.evaluate.answers import Drawn, Sampling, choose_prompts, draw, first_ranked, read_training, score_all
+from components.evaluate.answers import Drawn, Sampling, aggregated_by, choose_prompts, draw, first_ranked, read_training, score_all
 from components.evaluate.champion import find_champion
 from components.evaluate.choice import choose, divide
 from components.evaluate.groups import GroupBy, groups_of, measure_groups
@@ -50,6 +50,7 @@ from components.rlhf.report_page import SIMULATED
 from components.rlhf.statistics import finite
 from components.services.exits import DoNotRetry
 from components.services.launch import Context, Settings
+from components.services.storage import MARKER, join
 
 ALWAYS = (  # thresholds that are required of every candidate
     "max_false_pass_probability",
@@ -235,7 +236,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     scorers = {"judge": inputs.judge_model_uri, "reward": inputs.reward_model_uri}
     if simulated:
         scorers["true"] = ""
-    answers = score_all(context, scorers, prompts, drawn, sampling)
+    how = aggregated_by(context.storage.get_json(join(candidate_uri, MARKER)))
+    answers = score_all(context, scorers, prompts, drawn, sampling, how)
 
     # 4. Measures and gate. The look is taken before anything is known that somebody might not like.
     undecided = config.gate_judge == "humans" and not config.human_labels  # the gate fails whatever is found: nothing is spent
