@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import urllib3.connectionpool
 
-from components.register_model.audit import acting
-from components.register_model.promotion import Registry
+from components.register_model.audit import acting, faults
+from components.register_model.promotion import ANCHOR_TAG, Registry
 from components.services.exits import EXIT_DO_NOT_RETRY, StageFailure
 from components.services.storage import Storage
 from components.services.tracking import client
@@ -169,3 +169,19 @@ def race(pair: Pair, old: str, challengers: list[str], folder: Path) -> Race:
     policy, reward = pair.aliases()
     told = {version: (folder / version).read_text() for version in challengers}
     return Race(codes, told, policy["champion"], policy["previous_champion"], policy == reward)
+
+
+def check_log(pair: Pair) -> list[tuple[str, str]]:
+    """(event, action) of every record; the log is whole, what is begun is ended, and it says what MLflow says."""
+    registry = pair.registry()
+    records = registry.audit.records()
+    anchor = client().get_registered_model(pair.policy).tags[ANCHOR_TAG]
+    assert faults(records, anchor) == []
+    assert anchor == f"{records[-1].number} {records[-1].digest}"
+    content = [record.content for record in records]
+    for first, second in zip(content, [*content[1:], {}], strict=True):
+        if first["event"] == "begun":
+            assert second["of"] == first["number"], "the next record is its end"
+    found = registry.aliases(list(content[-1]["aliases"]))
+    assert found == content[-1]["aliases"]
+    return [(each["event"], each["action"]) for each in content]

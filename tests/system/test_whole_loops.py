@@ -1,4 +1,4 @@
-"""The whole loop in its other forms: both methods with the study of raters, and the drift watch that retrains."""
+"""The whole loop in its other forms: both methods with the study of raters, the drift watch that retrains, and the same again."""
 
 from __future__ import annotations
 
@@ -79,3 +79,20 @@ def made_by(home: Path, output: str) -> str:
     """The stage that made the registered version that a run shows."""
     shown = re.findall(r"rankloop-policy version (\d+)", output)
     return next(str(version.tags["stage"]) for version in registry(home)[0] if [str(version.version)] == shown)
+
+
+def test_unchanged_work_is_reused_and_changed_content_at_the_same_path_is_not(tmp_path: Path) -> None:
+    home, rankings = tmp_path / "home", write_rankings(tmp_path / "rankings.jsonl", 200, seed=0)
+    with LocalServices(home):
+        first, again = (run(home, "--rankings", str(rankings)) for _ in range(2))
+        assert (first.returncode, again.returncode) == (0, 0), first.stdout + again.stdout + again.stderr
+        assert re.findall(r"^= (\w+) +reused", again.stdout, re.M) == list(STAGES[:5])
+        assert len(registry(home)[0]) == 1
+
+        write_rankings(rankings, 210, seed=1)
+        other = run(home, "--rankings", str(rankings))
+        assert other.returncode == 0, other.stdout + other.stderr
+        assert "reused" not in other.stdout
+        assert "210 read, 210 kept" in other.stdout
+        assert "over version 1" in other.stdout, "the challenger is compared with the champion"
+        assert len(registry(home)[0]) == 2

@@ -43,22 +43,6 @@ def kept_up(home: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("kept_up")
-def test_unchanged_work_is_reused_and_changed_content_at_the_same_path_is_not(home: Path, rankings: Path) -> None:
-    again = run(home, "--rankings", str(rankings))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert re.findall(r"^= (\w+) +reused", again.stdout, re.M) == list(STAGES[:5])
-    assert len(registry(home)[0]) == 1
-
-    write_rankings(rankings, 210, seed=1)
-    other = run(home, "--rankings", str(rankings))
-    assert other.returncode == 0, other.stdout + other.stderr
-    assert "reused" not in other.stdout
-    assert "210 read, 210 kept" in other.stdout
-    assert "over version 1" in other.stdout, "the challenger is compared with the champion"
-    assert len(registry(home)[0]) == 2
-
-
-@pytest.mark.usefixtures("kept_up")
 def test_a_changed_setting_repeats_its_stage_and_those_after_it(home: Path, rankings: Path) -> None:
     done = run(home, "--rankings", str(rankings), "--set", "ppo_finetune.beta=0.2")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -53,7 +53,7 @@ def test_what_is_wrong_is_said_before_anything_is_planned(model: str, options: l
 
 
 def test_a_model_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     result = CliRunner().invoke(app, ["plan", "--model", "Llama-3.1-9B"])
     assert isinstance(result.exception, DoNotRetry)
     assert "did you mean 'Llama-3.1-8B'" in str(result.exception)
