@@ -153,8 +153,9 @@ def trainer_of(job: Job, backend: str) -> CustomTrainer:
     variables = {JOB_VARIABLE: job.model_dump_json()}
     if backend != "kubernetes":  # there the runtime brings them, from config maps and secrets
         variables |= {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-    if backend == "local":  # its empty environment sees the packages of this one
-        variables["PYTHONPATH"] = os.pathsep.join(each for each in sys.path if each and Path(each).is_dir())
+    if backend == "local":  # its empty environment sees the packages of this one, and these modules wherever they lie
+        paths = [str(Path(__file__).parents[2]), *sys.path]
+        variables["PYTHONPATH"] = os.pathsep.join(each for each in paths if each and Path(each).is_dir())
     resources = None
     if backend == "kubernetes":
         resources = {"gpu": str(job.config["processes"]), **_node_resources()}
