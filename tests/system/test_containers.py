@@ -35,7 +35,8 @@ pytestmark = pytest.mark.xdist_group("containers")  # one engine, and one build 
 PREFIX, TAG = "rankloop-test/", "now"
 DATA, TRAIN = f"{PREFIX}data:{TAG}", f"{PREFIX}train:{TAG}"
 ADMIN, USER = ("admin", "a long enough password"), ("rankloop", "another long password")
-UPDATES = 12  # of PPO: time enough to be stopped between the first and the last
+# Of PPO: some seconds in which it can be stopped, and nothing that ends it before.
+PPO = {"updates": 60, "checkpoint_seconds": 0, "judge_tolerance": 1000, "max_same_answer_fraction": 1}
 CONTAINER = {  # what a pod of ours has: nobody, no rights, and three places to write
     "network_mode": "host",
     "read_only": True,
@@ -74,7 +75,7 @@ class Servers(NamedTuple):
 
     def start(self, log: Path, rankings: str = "", **container: Any) -> subprocess.Popen[bytes]:
         """Starts the whole graph in a process of its own."""
-        profile = load(str(PROFILE), [f"ppo_finetune.updates={UPDATES}", "ppo_finetune.checkpoint_seconds=0"])
+        profile = load(str(PROFILE), [f"ppo_finetune.{key}={value}" for key, value in PPO.items()])
         folder = self.folder / log.stem
         folder.mkdir()
         folder.chmod(0o777)  # of whoever runs it here; the containers' user writes its outputs there
@@ -192,8 +193,8 @@ def test_stopped_in_ppo_the_graph_goes_on_to_the_weights_of_an_undisturbed_run(s
     log = printed(tmp_path / "first.log")
     assert "ppo_finetune was asked to stop (SIGTERM); its checkpoint is saved" in log
     assert "Task 'ppo-finetune' finished with status FAILURE" in log
-    assert [each.uri for each in Storage().list(f"{root}/checkpoints/")], "the checkpoint is on S3"
     assert policies(root) == [], "nothing is published of it"
+    assert [each.uri for each in Storage().list(f"{root}/checkpoints/")], "the checkpoint is on S3"
 
     second = servers.start(tmp_path / "second.log")
     assert second.wait(600) == 0, printed(tmp_path / "second.log")[-5000:]
