@@ -125,13 +125,12 @@ class Alike:
         for number in range(KEY_FILES[kind]):
             entries = np.fromfile(self._folder / f"{kind}-{number:02}", dtype=dtype)
             entries = entries[~self._again[entries["number"]]]
-            entries = entries[np.argsort(entries["key"], kind="stable")]
-            equal = entries["key"][1:] == entries["key"][:-1]
-            shared = np.zeros(len(entries), dtype=bool)
-            shared[1:] |= equal
-            shared[:-1] |= equal
-            if shared.any():
-                yield entries[shared]
+            keys = entries["key"].astype(np.uint64)
+            in_order = np.sort(keys)
+            twice = in_order[1:][in_order[1:] == in_order[:-1]]
+            if len(twice):
+                shared = entries[twice[np.searchsorted(twice[:-1], keys)] == keys]
+                yield shared[np.argsort(shared["key"], kind="stable")]
 
     def _groups(self, entries: NDArray[Any], *fields: str) -> Iterator[NDArray[Any]]:
         """Entries of the same values in `fields`, each group by digest and without a record that comes again."""

@@ -9,7 +9,6 @@ depend on how many there are. One that is killed ends the ingest; when the inges
 from __future__ import annotations
 
 import fcntl
-import gc
 import os
 import queue
 import signal
@@ -33,7 +32,6 @@ from components.services.exits import Retry
 ALONE_BLOCKS = 8  # of half a megabyte: a process is ready after a second, in which one sorts out ten thousand rankings
 PIPE_BYTES = 2**20
 MOST = 8  # processes by default: one that unpacks and writes cannot feed more
-RARE_COLLECTIONS = (100_000, 20, 100)  # a block's objects go with it: to look for cycles in them took a tenth of the time
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _PROGRAM = """
 import os, sys
@@ -173,8 +171,6 @@ def work() -> None:
     asked, replies = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # what a library may print is no reply
     sorter = Sorter(asked.recv())
-    gc.freeze()
-    gc.set_threshold(*RARE_COLLECTIONS)
     replies.send(None)
     while True:
         try:

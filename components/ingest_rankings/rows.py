@@ -9,14 +9,12 @@ unknown, so no count could add up.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import re
 import reprlib
 import shutil
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -25,6 +23,8 @@ import ijson
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+from isal import igzip
+from isal.igzip_lib import IsalError
 
 from components.ingest_rankings.beside import ReadAhead
 from components.services.exits import DoNotRetry
@@ -48,7 +48,7 @@ _UNREADABLE = {
     b"BZh": "compressed with bzip2",
     b"\xfd7zXZ": "compressed with xz",
 }
-_BROKEN_PACKING = (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError)
+_BROKEN_PACKING = (EOFError, igzip.BadGzipFile, cast(type[Exception], IsalError), zstd.ZstdError)  # its stub says: an instance
 _ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
 
 
@@ -77,9 +77,10 @@ class Row(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Whole lines of JSON that nobody has looked at; `number` is that of the first, and the last may lack its end."""
+    """Whole lines of JSON that nobody has looked at: `lines` of them from line `number` on; the last may lack its end."""
 
     number: int
+    lines: int
     data: bytes
 
 
@@ -123,7 +124,7 @@ def read_blocks(stream: BinaryIO, uri: str, scratch: Path, max_row_bytes: int) -
     ahead: ReadAhead | None = None
     try:
         if start.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
-            unpacked = gzip.GzipFile(fileobj=buffered) if start.startswith(GZIP_MAGIC) else zstd.ZstdFile(buffered)
+            unpacked = igzip.IGzipFile(fileobj=buffered) if start.startswith(GZIP_MAGIC) else zstd.ZstdFile(buffered)
             ahead = ReadAhead(unpacked, READ_BYTES)
             buffered = io.BufferedReader(cast(io.RawIOBase, _Raw(cast(BinaryIO, ahead))), READ_BYTES)
             start = buffered.peek(PEEK_BYTES)[:PEEK_BYTES]
@@ -139,7 +140,7 @@ def read_blocks(stream: BinaryIO, uri: str, scratch: Path, max_row_bytes: int) -
 
 def _last_number(block: Block) -> int:
     if isinstance(block, Lines):
-        return block.number + block.data.count(b"\n") - block.data.endswith(b"\n")
+        return block.number + block.lines - 1
     return block[-1].number
 
 
@@ -213,7 +214,7 @@ def _lines(stream: io.BufferedReader[Any], max_row_bytes: int) -> Iterator[Block
         except _BROKEN_PACKING:
             whole = b"".join(pieces)
             if end := whole.rfind(b"\n") + 1:
-                yield Lines(number, whole[:end])
+                yield Lines(number, whole.count(b"\n"), whole[:end])
             raise
         pieces.append(chunk)
         size += len(chunk)
@@ -223,8 +224,9 @@ def _lines(stream: io.BufferedReader[Any], max_row_bytes: int) -> Iterator[Block
         data = b"".join(pieces)
         end = data.rfind(b"\n") + 1 if chunk else len(data)
         if end:
-            yield Lines(number, data[:end])
-            number += data.count(b"\n", 0, end)
+            count = data.count(b"\n", 0, end) + (data[end - 1 : end] != b"\n")
+            yield Lines(number, count, data[:end])
+            number += count
         rest = data[end:]
         if len(rest) > max_row_bytes:
             size, after = _skip(stream, len(rest))

@@ -38,7 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def blocks(count: int) -> Iterator[tuple[str, Lines]]:
     for number in range(count):
-        yield "a", Lines(1 + 10 * number, b"".join(line(each) for each in range(10 * number, 10 * number + 10)))
+        yield "a", Lines(1 + 10 * number, 10, b"".join(line(each) for each in range(10 * number, 10 * number + 10)))
 
 
 def test_the_number_of_processes_changes_nothing(ingest: Callable[..., Any]) -> None:
