@@ -66,7 +66,7 @@ def run(
     from pipelines import profile as profile_file
     from pipelines.local_services import default_home
 
-    resolved = profile_file.load(profile, assignments or (), seed, method)
+    resolved = profile_file.load(profile, assignments or (), seed, method, own_rankings=bool(rankings))
     sources = Sources(*map(_absolute, (rankings, demonstrations, pretraining)))
     code = laptop.run(resolved, sources, home or default_home(), fresh, console_of())
     raise typer.Exit(code)
@@ -91,7 +91,7 @@ def watch(
     from pipelines import profile as profile_file
     from pipelines.local_services import default_home
 
-    resolved = profile_file.load(profile, assignments or (), None, method)
+    resolved = profile_file.load(profile, assignments or (), None, method, own_rankings=True)
     sources = Sources(_absolute(rankings), "", "")
     raise typer.Exit(laptop.run(resolved, sources, home or default_home(), False, console_of(), "drift_watch"))
 

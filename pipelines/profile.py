@@ -50,7 +50,9 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None, method: str = "") -> Profile:
+def load(
+    profile: str, assignments: Sequence[str] = (), seed: int | None = None, method: str = "", own_rankings: bool = False
+) -> Profile:
     """The profile with `stage.key=value` assignments on top, every value checked against its stage's `Config`.
 
     Args:
@@ -58,6 +60,7 @@ def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None,
         assignments: as given with `--set`.
         seed: for every stage that has one, and for the simulation; None leaves the profile's.
         method: what fine-tunes the policy; "" leaves the profile's.
+        own_rankings: rankings are given, and what the profile's `simulated` says of the stages is not for them.
 
     Raises:
         DoNotRetry: unknown profile, method, stage or key, or a wrong value; it names the nearest known name.
@@ -67,6 +70,9 @@ def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None,
     method = method or described.get("method", "ppo")
     if method not in METHODS:
         raise DoNotRetry(_unknown("method", method, METHODS))
+    of_simulated = _stages_of_simulated(profile, described.get("simulated") or {})
+    for stage, given in () if own_rankings else of_simulated.items():
+        values[stage] = (values.get(stage) or {}) | given
     for assignment in assignments:
         _assign(assignment, values, described)
     stages = {}
@@ -82,6 +88,15 @@ def load(profile: str, assignments: Sequence[str] = (), seed: int | None = None,
     if simulated is not None:
         simulated = parse_settings(Simulated, simulated | ({} if seed is None else {"seed": seed}), "simulated")
     return Profile(name=profile, description=described.get("description", ""), method=method, simulated=simulated, stages=stages)
+
+
+def _stages_of_simulated(profile: str, simulated: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Takes the settings of stages out of a profile's `simulated`."""
+    found = {stage: simulated.pop(stage) for stage in CONFIGURED if stage in simulated}
+    for stage, given in found.items():
+        if not isinstance(given, dict):
+            raise DoNotRetry(f"profile {profile}: simulated.{stage} = {given!r}: no settings", "see pipelines/profiles/tiny.yaml")
+    return found
 
 
 def _read(profile: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def _order(
     from pipelines import resources
     from pipelines.cluster.submit import Order
 
-    resolved = profiles.load(profile, settings or (), seed, method)
+    resolved = profiles.load(profile, settings or (), seed, method, own_rankings=bool(sources.rankings))
     return Order(graph, resolved, sources, resources.load(table), tags, experiment, account)
 
 

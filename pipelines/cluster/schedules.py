@@ -116,7 +116,7 @@ def read_file(path: Path) -> File:
 
 def wanted(kfp: Connection, name: str, schedule: Schedule, folder: Path, tags_allowed: bool) -> Wanted:
     """What the schedule is in KFP; its graph is uploaded."""
-    profile = profiles.load(_beside(schedule.profile, folder), schedule.set, None, schedule.method)
+    profile = profiles.load(_beside(schedule.profile, folder), schedule.set, None, schedule.method, own_rankings=True)
     table = tables.load(_beside(schedule.resources, folder))
     sources = Sources(schedule.rankings, schedule.demonstrations, schedule.pretraining)
     order = Order(schedule.graph, profile, sources, table, tags_allowed, schedule.experiment, schedule.service_account)

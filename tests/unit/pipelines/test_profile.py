@@ -68,6 +68,26 @@ def test_the_simulation_can_be_set() -> None:
     assert profile.simulated.rankings == 10
 
 
+def test_what_holds_for_simulated_rankings_does_not_hold_for_ones_own(tmp_path: Path) -> None:
+    """Real raters are hashed, real rankings are not called simulated, and no grammar is taken for the truth about them."""
+    simulated, own = load("tiny"), load("tiny", own_rankings=True)
+    reading, judging = simulated.stages["ingest_rankings"], simulated.stages["evaluate"]
+    assert (reading["source"], reading["rater_ids"]) == ("simulated", "kept")
+    assert (judging["truth"], judging["group_by"]) == ("simulated", "simulated")
+    reading, judging = own.stages["ingest_rankings"], own.stages["evaluate"]
+    assert (reading["source"], reading["rater_ids"]) == ("unspecified", "hashed")
+    assert (judging["truth"], judging["group_by"], judging["threads"]) == ("none", "source", 2)
+    assert load("tiny", ["evaluate.truth=none"]).stages["evaluate"]["truth"] == "none", "what is set by hand goes before"
+
+    path = tmp_path / "mine.yaml"
+    path.write_text("simulated: {evaluate: 3}", encoding="utf-8")
+    with pytest.raises(DoNotRetry, match=r"simulated.evaluate = 3: no settings"):
+        load(str(path))
+    path.write_text("simulated: {evaluate: {truht: none}}", encoding="utf-8")
+    with pytest.raises(DoNotRetry, match=r"evaluate.truht: there is no such key"):
+        load(str(path))
+
+
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
