@@ -22,9 +22,17 @@ SUITE, PACKAGES = "bookworm", "python3,python3-venv,ca-certificates"  # Python 3
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankloop-tests"
 
 
+class NoEngineError(RuntimeError):
+    """This machine's kernel, or whoever confines us, lets no dockerd run; the message is dockerd's own."""
+
+
 @contextmanager
 def engine() -> Iterator[str]:
-    """Runs dockerd on a private socket and data folder; gives the socket's address, as `DOCKER_HOST` has it."""
+    """Runs dockerd on a private socket and data folder; gives the socket's address, as `DOCKER_HOST` has it.
+
+    Raises:
+        NoEngineError: dockerd ends before it answers.
+    """
     folder = Path(tempfile.mkdtemp(prefix="rankloop-docker-"))  # a socket's path is at most 107 bytes long
     address = f"unix://{folder}/docker.sock"
     command = ["dockerd", "--data-root", str(folder / "data"), "--exec-root", str(folder / "exec"), "-H", address]
@@ -33,7 +41,8 @@ def engine() -> Iterator[str]:
     try:
         deadline = time.monotonic() + START_SECONDS
         while docker(address, "version", check=False).returncode:
-            assert process.poll() is None, (folder / "log").read_text(encoding="utf-8")
+            if process.poll() is not None:
+                raise NoEngineError((folder / "log").read_text(encoding="utf-8")[-2000:])
             assert time.monotonic() < deadline, "dockerd did not come up"
             time.sleep(0.1)
         yield address
