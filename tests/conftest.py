@@ -18,7 +18,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServices
         yield running
 
 
-LONGEST = ("test_containers.py", "test_run.py", "test_interrupted_loop.py", "test_whole_loops.py")
+LONGEST = ("test_run.py", "test_interrupted_loop.py", "test_whole_loops.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,7 +32,6 @@ from tests.containers import ROOT, NoEngineError, build_images, docker, engine, 
 from tests.integration.pipelines.loop import PROFILE, write_rankings
 from tests.postgres import mlflow_on_postgres
 
-pytestmark = pytest.mark.xdist_group("containers")  # one engine, and one build of each image
 PREFIX, TAG = "rankloop-test/", "now"
 DATA, TRAIN = f"{PREFIX}data:{TAG}", f"{PREFIX}train:{TAG}"
 ADMIN, USER = ("admin", "a long enough password"), ("rankloop", "another long password")
