@@ -53,6 +53,8 @@ def engine() -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        for mounted in (folder / "exec" / "netns").glob("*"):  # dockerd leaves the host's network mounted there
+            subprocess.run(["umount", str(mounted)], check=False)
         shutil.rmtree(folder, ignore_errors=True)
 
 
