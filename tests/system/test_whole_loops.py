@@ -28,6 +28,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, rankings: Path) -> Iterator[P
         yield home
 
 
+def test_a_changed_setting_repeats_its_stage_and_those_after_it(home: Path, rankings: Path) -> None:
+    done = run(home, "--rankings", str(rankings), "--set", "ppo_finetune.beta=0.2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^= (\w+) +reused", done.stdout, re.M) == list(STAGES[:4])
+
+
 def test_both_methods_are_trained_and_the_evaluation_chooses_one(home: Path, rankings: Path) -> None:
     study = ("--set", "rater_study.folds=2", "--set", "rater_study.threads=1")
     done = run(home, "--rankings", str(rankings), "--method", "both", *study)
@@ -92,7 +98,7 @@ def test_unchanged_work_is_reused_and_changed_content_at_the_same_path_is_not(tm
         write_rankings(rankings, 210, seed=1)
         other = run(home, "--rankings", str(rankings))
         assert other.returncode == 0, other.stdout + other.stderr
-        assert "reused" not in other.stdout
+        assert not re.findall(r"^= (\w+) +reused", other.stdout, re.M)
         assert "210 read, 210 kept" in other.stdout
         assert "over version 1" in other.stdout, "the challenger is compared with the champion"
         assert len(registry(home)[0]) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,13 +39,6 @@ def kept_up(home: Path) -> Iterator[None]:
     """The home's servers, which a run then uses and leaves alone: they take six seconds to start."""
     with LocalServices(home):
         yield
-
-
-@pytest.mark.usefixtures("kept_up")
-def test_a_changed_setting_repeats_its_stage_and_those_after_it(home: Path, rankings: Path) -> None:
-    done = run(home, "--rankings", str(rankings), "--set", "ppo_finetune.beta=0.2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"^= (\w+) +reused", done.stdout, re.M) == list(STAGES[:4])
 
 
 @pytest.mark.usefixtures("kept_up")
