@@ -71,8 +71,8 @@ def load(
     if method not in METHODS:
         raise DoNotRetry(_unknown("method", method, METHODS))
     of_simulated = _stages_of_simulated(profile, described.get("simulated") or {})
-    for stage, given in () if own_rankings else of_simulated.items():
-        values[stage] = (values.get(stage) or {}) | given
+    if not own_rankings:
+        values |= {stage: (values.get(stage) or {}) | given for stage, given in of_simulated.items()}
     for assignment in assignments:
         _assign(assignment, values, described)
     stages = {}

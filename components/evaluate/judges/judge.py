@@ -48,7 +48,7 @@ def judge_all(
     """
     found = rename_reward_model(measures, config.judges, config.gate_judge)
     facts: dict[str, Any] = {}
-    of_gate_judge = scored
+    judgements_of_gate = scored
     seed, resamples = intervals.seed, intervals.resamples
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / RECORDS, "w", encoding="utf-8") as file:
@@ -68,7 +68,7 @@ def judge_all(
                 found["rater_alpha_humans"] = as_json(alpha_estimate(agreement, seed, resamples))
             of_gate = judge == config.gate_judge
             if of_gate:
-                of_gate_judge = judgements
+                judgements_of_gate = judgements
             rates, counts = win_rates(pairs, judgements, config.min_judged_fraction, intervals, of_gate)
             facts[judge] |= {"over": counts}
             missing = {over: _missing(judge, each, config, uri) for over, each in counts.items()}
@@ -76,7 +76,7 @@ def judge_all(
             for pair, judgement in zip(pairs, judgements, strict=True):
                 file.write(json.dumps(_record(judge, pair, judgement), ensure_ascii=False) + "\n")
             _log.info("judged by %s: %s", judge, facts[judge])
-    return found, facts, of_gate_judge
+    return found, facts, judgements_of_gate
 
 
 def position_bias(judgements: Sequence[Judgement]) -> dict[str, Estimate]:

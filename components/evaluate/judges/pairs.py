@@ -117,12 +117,12 @@ def win_rates(
         if not judged or judged < min_judged_fraction * len(rows):
             rates[over] = (UNKNOWN, UNKNOWN)
             continue
-        known = [(outcome, length) for outcome, length in zip(outcomes, longer, strict=True) if outcome is not None]
-        rates[over] = alone = _rates([outcome for outcome, _ in known], [length for _, length in known], intervals, of_gate)
+        known = [(verdict, length) for verdict, length in zip(outcomes, longer, strict=True) if verdict is not None]
+        rates[over] = alone = _rates([verdict for verdict, _ in known], [length for _, length in known], intervals, of_gate)
         if not silent:
             continue
         lost, won = (
-            _rates([filled if outcome is None else outcome for outcome in outcomes], longer, intervals, of_gate)
+            _rates([filled if verdict is None else verdict for verdict in outcomes], longer, intervals, of_gate)
             for filled in (0.0, 1.0)
         )
         raw, controlled = (

@@ -48,6 +48,7 @@ def loaded(text: str, assignments: list[str]) -> Profile | None:
 @example("train_sft: {seed: " + "1" * 5000 + "}")
 @example("train_sft: &a {epochs: *a}")
 @example("[" * 3000)
+@example("? [1, 2]\n: 3")
 @example("1: {}")
 @example("description: {a: 1}")
 @example("method: [ppo]")
