@@ -148,8 +148,8 @@ def services(home: Home = None) -> None:
         sys.stdout.flush()
         while not running.attached and not interrupted.wait(1):
             running.check()
-    if interrupted.is_set():
-        raise KeyboardInterrupt
+        if interrupted.is_set():
+            raise KeyboardInterrupt
 
 
 def _absolute(place: str) -> str:

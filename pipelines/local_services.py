@@ -1,7 +1,7 @@
 """A real S3 server (SeaweedFS) and a real MLflow server on loopback: the embedded default, and what the integration tests run on.
 
 Both listen on free ports of 127.0.0.1, with credentials made for this start, and keep their data in one folder. They are stopped by
-their process ids when the context ends, and by the kernel if this process is killed.
+their process ids when the context ends and no other process uses them any more, and by the kernel if this process is killed.
 """
 
 from __future__ import annotations
@@ -68,13 +68,15 @@ class LocalServices:
         self.attached = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._watchdog: Watchdog | None = None
-        self._lock: IO[str] | None = None
+        self._lock: IO[str] | None = None  # held alone by who starts the servers
+        self._users: IO[str] | None = None  # shared by those who attached; held alone by who stops the servers
 
     def __enter__(self) -> LocalServices:
         self.home.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.home / "lock", "w", encoding="utf-8")
+        self._users = open(self.home / "users", "w", encoding="utf-8")
         try:
-            self._attach() if not self._locked() else self._start()
+            self._start() if _locked(self._lock) else self._attach()
             salt = os.environ.get(SALT_VARIABLE) or _kept_secret(self.home / "rater-salt")
             self.environment = {**self.environment, SALT_VARIABLE: salt}
         except BaseException:
@@ -82,17 +84,24 @@ class LocalServices:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _locked(self) -> bool:
-        """Whether this process now holds the folder; nobody else starts servers on the same data meanwhile."""
-        assert self._lock is not None
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+            if kind is None:
+                self._wait_for_users()
+        finally:
+            self.stop()
+
+    def _wait_for_users(self) -> None:
+        """Keeps the servers of this process up while others work with them: two runs on one folder each get to their end."""
+
+        def used() -> bool:
+            assert self._users is not None
+            return all(each.poll() is None for each in self._processes) and not _locked(self._users)
+
+        if self._processes and used():
+            print("Another process uses these servers; they stop when it ends, or now with Ctrl-C.", file=sys.stderr, flush=True)
+            while used():
+                time.sleep(0.2)
 
     @property
     def _state_file(self) -> Path:
@@ -100,15 +109,19 @@ class LocalServices:
 
     def _attach(self) -> None:
         """Uses the servers of the process that holds the folder, waiting for them to come up."""
+        assert self._lock is not None
+        assert self._users is not None
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, ValueError):
-                state = json.loads(self._state_file.read_text(encoding="utf-8"))
-                if psutil.pid_exists(state["owner"]) and _answers(state["environment"]["MLFLOW_TRACKING_URI"] + "/health"):
-                    self.environment, self.attached = state["environment"], True
-                    self.tracking_uri = self.environment["MLFLOW_TRACKING_URI"]
-                    return
-            if self._locked():  # its owner ended meanwhile
+            if _locked(self._users, fcntl.LOCK_SH):  # else they are being stopped
+                with contextlib.suppress(OSError, ValueError):
+                    state = json.loads(self._state_file.read_text(encoding="utf-8"))
+                    if psutil.pid_exists(state["owner"]) and _answers(state["environment"]["MLFLOW_TRACKING_URI"] + "/health"):
+                        self.environment, self.attached = state["environment"], True
+                        self.tracking_uri = self.environment["MLFLOW_TRACKING_URI"]
+                        return
+                fcntl.flock(self._users, fcntl.LOCK_UN)
+            if _locked(self._lock):  # its owner ended meanwhile
                 self._start()
                 return
             time.sleep(0.2)
@@ -269,9 +282,10 @@ class LocalServices:
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        for held in (self._users, self._lock):
+            if held is not None:
+                held.close()
+        self._users = self._lock = None
 
 
 @contextlib.contextmanager
@@ -317,6 +331,15 @@ def _answers(url: str, expected: int = 200) -> bool:
         return error.code == expected
     except OSError:
         return False
+
+
+def _locked(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
+    """Whether this process now holds the file's lock, alone or shared; closing the file, or the process's end, lets it go."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _kept_secret(path: Path) -> str:

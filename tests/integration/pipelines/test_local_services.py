@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -70,6 +71,60 @@ def test_a_second_process_uses_the_servers_of_the_first_and_leaves_them(tmp_path
             assert second.tracking_uri == first.tracking_uri
         with urllib.request.urlopen(first.tracking_uri + "/health", timeout=5) as reply:
             assert reply.status == 200
+
+
+USES_THEM = """
+import sys
+from pathlib import Path
+from pipelines.local_services import LocalServices
+with LocalServices(Path(sys.argv[1])) as services:
+    print(services.attached, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def owner_that_leaves_before(home: Path, users: int) -> Iterator[tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]]:
+    """A process that started the servers and is done, and others that still use them."""
+    started = []
+    try:
+        for number in range(1 + users):
+            command = [sys.executable, "-c", USES_THEM, str(home)]
+            pipe = subprocess.PIPE
+            started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True))
+            assert (output := started[-1].stdout) is not None
+            assert output.readline() == f"{number > 0}\n"
+        owner, *others = started
+        assert owner.stdin is not None
+        assert owner.stderr is not None
+        owner.stdin.close()
+        assert "Another process uses these servers" in owner.stderr.readline()
+        yield owner, others
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_their_owner_waits_for_all_who_still_use_them(tmp_path: Path) -> None:
+    with owner_that_leaves_before(tmp_path, users=3) as (owner, others):
+        groups = servers(tmp_path)
+        others[0].kill()
+        others[1].communicate(timeout=30)
+        time.sleep(1)
+        assert owner.poll() is None
+        assert all(alive([group]) for group in groups)
+        others[2].communicate(timeout=30)
+        assert owner.wait(timeout=30) == 0
+        assert not alive(groups)
+
+
+def test_an_owner_that_waits_is_told_to_stop_by_ctrl_c(tmp_path: Path) -> None:
+    with owner_that_leaves_before(tmp_path, users=1) as (owner, _):
+        groups = servers(tmp_path)
+        os.killpg(owner.pid, signal.SIGINT)
+        assert owner.wait(timeout=30) == -signal.SIGINT
+        assert not alive(groups)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
