@@ -123,6 +123,11 @@ def judge(
     ]
 
 
+def mean_judgement(members: Sequence[Judgement]) -> Judgement:
+    """What an ensemble says of one ranking: each margin is the mean of its members'."""
+    return Judgement([sum(margins) / len(margins) for margins in zip(*(each.margins for each in members), strict=True)])
+
+
 def _softplus(x: float) -> float:
     """log(1 + exp(x)) without overflow."""
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))

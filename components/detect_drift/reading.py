@@ -5,16 +5,16 @@ from __future__ import annotations
 import heapq
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from components.detect_drift.champion import Champion
 from components.detect_drift.channels import Eyes, Known
-from components.detect_drift.features import Judgement, TextFeatures, judge, text_features
+from components.detect_drift.features import Judgement, TextFeatures, judge, mean_judgement, text_features
 from components.detect_drift.units import Dated, digest_of, rater_day
 from components.detect_drift.watch import chance
-from components.rlhf.models import Precision, load_policy, load_scorer
+from components.rlhf.models import Precision, load_policy, load_scorer, member_folders
 from components.rlhf.records import Ranking, iterate_snapshot, prompt_key
 from components.services.exits import DoNotRetry
 from components.services.launch import Context
@@ -89,7 +89,7 @@ class Models:
     def __init__(self, context: Context, champion: Champion, precision: Precision, batch_tokens: int) -> None:
         self._context, self._champion = context, champion
         self._precision, self._batch_tokens = precision, batch_tokens
-        self._role = ""
+        self._folder = Path()
         self._loaded: Any = None
 
     @property
@@ -97,26 +97,33 @@ class Models:
         return Eyes(self._read, self._judge)
 
     def _read(self, rankings: Sequence[Ranking]) -> TextFeatures:
-        model, tokenizer = self._load(self._champion.policy_uri, "policy")
+        uri = self._champion.policy_uri
+        model, tokenizer = self._load(self._fetched(uri, "policy"), uri, load_policy)
         return text_features(self._context, model, tokenizer, rankings, self._batch_tokens)
 
     def _judge(self, rankings: Sequence[Ranking]) -> list[Judgement]:
-        model, tokenizer = self._load(self._champion.reward_model_uri, "reward_model")
-        return judge(model, tokenizer, rankings, self._batch_tokens)
+        uri = self._champion.reward_model_uri
+        by_member = []
+        for folder in member_folders(self._fetched(uri, "reward_model")):
+            model, tokenizer = self._load(folder, uri, load_scorer)
+            by_member.append(judge(model, tokenizer, rankings, self._batch_tokens))
+        return [mean_judgement(each) for each in zip(*by_member, strict=True)]
 
-    def _load(self, uri: str, role: str) -> Any:
-        if self._role == role:
-            return self._loaded
-        self._loaded = None
+    def _fetched(self, uri: str, role: str) -> Path:
         folder = self._context.scratch / "models" / role
         if not folder.exists():
             marker = self._context.storage.fetch_folder(uri, folder)
             if marker.get("role") != role:
                 shutil.rmtree(folder)
                 raise DoNotRetry(f"{uri} is a {marker.get('role')!r}, not a {role!r}", "correct the tags of the champion's version")
-        try:
-            self._loaded = (load_policy if role == "policy" else load_scorer)(folder, self._precision)
-        except (ValueError, OSError) as error:
-            raise DoNotRetry(f"{uri} cannot be loaded: {error}", "promote a champion whose artifacts are whole") from error
-        self._role = role
+        return folder
+
+    def _load(self, folder: Path, uri: str, load: Callable[[Path, Precision], Any]) -> Any:
+        if self._folder != folder:
+            self._folder, self._loaded = Path(), None
+            try:
+                self._loaded = load(folder, self._precision)
+            except (ValueError, OSError) as error:
+                raise DoNotRetry(f"{uri} cannot be loaded: {error}", "promote a champion whose artifacts are whole") from error
+            self._folder = folder
         return self._loaded

@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.detect_drift import stage
+from components.detect_drift.champion import Champion
+from components.detect_drift.features import judge
 from components.detect_drift.reading import Models
-from components.rlhf.models import new_scorer, save_model
+from components.rlhf.models import load_policy, load_scorer, new_scorer, save_model
 from components.rlhf.records import SCHEMA, Ranking
 from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.services.exits import DoNotRetry
@@ -215,9 +217,9 @@ def test_watches_at_the_same_time_count_each_ranking_once_and_one_retrains(
 ) -> None:
     one_at_a_time, load = threading.Lock(), Models._load
 
-    def locked(models: Models, uri: str, role: str) -> Any:
+    def locked(models: Models, *arguments: Any) -> Any:
         with one_at_a_time:  # watches are processes of their own, and transformers cannot load two models in two threads at once
-            return load(models, uri, role)
+            return load(models, *arguments)
 
     monkeypatch.setattr(Models, "_load", locked)
     said: list[stage.Outputs] = []
@@ -253,6 +255,32 @@ def test_the_budget_of_a_watch_cannot_be_changed_after_looking(world: World, nam
     with pytest.raises(DoNotRetry, match="a budget that is changed after looking is none"):
         watch(world, name, drifted, alpha=0.1)
     assert len(state(name)["looks"]) == 1
+
+
+def test_every_member_of_an_ensemble_is_asked(world: World, tmp_path: Path) -> None:
+    def scorer(seed: int, folder: Path) -> None:
+        model, tokenizer = new_scorer(world.home / "policy", seed), load_policy(world.home / "policy")[1]
+        model.config.pad_token_id = tokenizer.pad_token_id
+        save_model(model, tokenizer, folder)
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    scorer(1, first)
+    scorer(2, second)
+    alone = [judge(*load_scorer(folder), QUIET, 4096) for folder in (first, second)]
+    scorer(2, first / "member-1")
+    uri = f"s3://rankloop/fixtures/{uuid.uuid4().hex}"
+    Storage().publish_folder(first, uri, {"role": "reward_model"})
+
+    (tmp_path / "scratch").mkdir()
+    settings = parse_settings(stage.Config, {}, "detect_drift")
+    context = Context("detect_drift", settings, stage.Inputs(snapshot_uri="s3://none"), tmp_path / "scratch")
+    found = Models(context, Champion("1", "", "", uri), "float32", 4096).eyes.judge(QUIET)
+    pairs = [list(ranking.pairs()) for ranking in QUIET]
+    assert [len(each.margins) for each in found] == [len(each) for each in pairs]
+    assert any(pairs)
+    for both, one, other in zip(found, *alone, strict=True):
+        assert both.margins == [(a + b) / 2 for a, b in zip(one.margins, other.margins, strict=True)]
+        assert not both.margins or both.margins != one.margins
 
 
 def test_snapshots_of_different_salts_are_not_compared(world: World) -> None:
