@@ -23,7 +23,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rank
 
 
 class NoEngineError(RuntimeError):
-    """This machine's kernel, or whoever confines us, lets no dockerd run; the message is dockerd's own."""
+    """This machine's kernel, or whoever confines us, lets no dockerd or no container run; the message is Docker's own."""
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def engine() -> Iterator[str]:
     """Runs dockerd on a private socket and data folder; gives the socket's address, as `DOCKER_HOST` has it.
 
     Raises:
-        NoEngineError: dockerd ends before it answers.
+        NoEngineError: dockerd does not come up.
     """
     folder = Path(tempfile.mkdtemp(prefix="rankloop-docker-"))  # a socket's path is at most 107 bytes long
     address = f"unix://{folder}/docker.sock"
@@ -41,9 +41,8 @@ def engine() -> Iterator[str]:
     try:
         deadline = time.monotonic() + START_SECONDS
         while docker(address, "version", check=False).returncode:
-            if process.poll() is not None:
+            if process.poll() is not None or time.monotonic() > deadline:
                 raise NoEngineError((folder / "log").read_text(encoding="utf-8")[-2000:])
-            assert time.monotonic() < deadline, "dockerd did not come up"
             time.sleep(0.1)
         yield address
     finally:
@@ -68,7 +67,11 @@ def docker(address: str, *arguments: str, check: bool = True) -> subprocess.Comp
 
 
 def import_base(address: str) -> str:
-    """The ID of a base image with Python; its archive is kept in a cache folder of this user for the next run."""
+    """The ID of a base image with Python; its archive is kept in a cache folder of this user for the next run.
+
+    Raises:
+        NoEngineError: no container of it can run.
+    """
     archive = CACHE / f"{SUITE}-{PACKAGES.replace(',', '-')}.tar"
     if not archive.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,11 @@ def import_base(address: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         made.rename(archive)
-    return docker(address, "import", str(archive)).stdout.strip()
+    base = docker(address, "import", str(archive)).stdout.strip()
+    done = docker(address, "run", "--rm", "--network", "host", base, "true", check=False)
+    if done.returncode:
+        raise NoEngineError(done.stderr)
+    return base
 
 
 def build_images(address: str, base: str, **variables: str) -> str:
