@@ -74,9 +74,10 @@ def test_a_second_process_uses_the_servers_of_the_first_and_leaves_them(tmp_path
 
 
 USES_THEM = """
-import sys
+import signal, sys
 from pathlib import Path
 from pipelines.local_services import LocalServices
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script starts what it puts in the background without it
 with LocalServices(Path(sys.argv[1])) as services:
     print(services.attached, flush=True)
     sys.stdin.read()
