@@ -188,7 +188,7 @@ def recognise(row: dict[str, Any]) -> str:
         texts = [row["chosen"], row["rejected"]]
         transcripts = all(isinstance(text, str) for text in texts) and any(_TRANSCRIPT.match(text) for text in texts)
         return "hh" if transcripts and row.get("prompt") is None else "pairs"
-    plain = isinstance(row.get("completions"), list) and all(isinstance(each, str) for each in row["completions"])
+    plain = isinstance(row.get("completions"), list) and set(map(type, row["completions"])) <= {str}
     if plain and row.get("ranks") is not None:
         return "rankloop" if row.get("scores") is None else "kway"
     for name, export in EXPORTS.items():

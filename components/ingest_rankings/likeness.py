@@ -32,15 +32,19 @@ class Turns(NamedTuple):
 
 def same_key(ranking: Ranking) -> bytes:
     """16 bytes, equal for two rankings that are the same."""
-    ranks = dense(ranking.ranks)
-    completions = [_half_bare(text) for text in ranking.completions]
-    if len(set(ranks)) < len(ranks):  # those that tie are put into order by what is left of them
-        completions = [text.translate(None, _SPACES) for text in completions]
-    levels, preferred = zip(*sorted(zip(ranks, completions, strict=True)), strict=True)
-    turns = [part for message in ranking.prompt for part in (message["role"].encode(), _half_bare(message["content"]))]
-    about = orjson.dumps([ranking.rater_id, ranking.criterion or "", len(turns), levels])
-    # No byte of UTF-8 is 0xff, so that the parts stay apart.
-    return hashlib.sha256(about + b"\xff" + b"\xff".join((*turns, *preferred)).translate(None, _SPACES)).digest()[:16]
+    ranks, completions = ranking.ranks, ranking.completions
+    if ties := len(set(ranks)) < len(ranks):  # those that tie are put into order by what is left of them
+        ranks, completions = dense(ranks), ["".join(text.split()) for text in completions]
+    ranked = sorted(zip(ranks, completions, strict=True))
+    roles, texts = [], []
+    for message in ranking.prompt:
+        roles.append(message["role"])
+        texts.append(message["content"])
+    texts += [text for _, text in ranked]
+    about = orjson.dumps([ranking.rater_id, ranking.criterion or "", roles, [rank for rank, _ in ranked] if ties else None])
+    # No byte of UTF-8 is 0xff, so that the texts stay apart.
+    whole = b"\xff".join([text.encode() if text.isascii() else "".join(text.split()).encode() for text in texts])
+    return hashlib.sha256(about + b"\xff" + whole.translate(None, _SPACES)).digest()[:16]
 
 
 def turns_of(prompt: Sequence[Message]) -> Turns | None:
@@ -86,11 +90,6 @@ def _parts(record: dict[str, Any]) -> dict[tuple[int, int], str]:
     for rank, text in zip(dense(record["ranks"]), record["completions"], strict=True):
         levels.setdefault(rank, []).append(text)
     return parts | {(rank, place): text for rank, texts in levels.items() for place, text in enumerate(sorted(texts))}
-
-
-def _half_bare(text: str) -> bytes:
-    """The text with no white space but ASCII's, which is taken away from many at once."""
-    return text.encode() if text.isascii() else "".join(text.split()).encode()
 
 
 def _bare(text: str) -> bytes:

@@ -256,7 +256,7 @@ def parse_lines(lines: Lines, max_row_bytes: int) -> Iterator[Row]:
     for number, line in enumerate(io.BytesIO(lines.data), lines.number):
         if len(line) - line.endswith(b"\n") > max_row_bytes:
             yield _too_long(number, line[: max_row_bytes + 1], len(line), max_row_bytes)
-        elif line.strip():
+        elif not line.isspace():
             yield parse_line(number, line)
 
 

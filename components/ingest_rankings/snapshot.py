@@ -32,6 +32,8 @@ BATCH_ROWS = 512  # made ready for the sort at a time
 GROUP_ROWS, GROUP_BYTES = 1000, 2 * 2**20  # of a Parquet row group, in records and their JSON
 PART_ROWS, PART_BYTES = 200_000, 256 * 2**20  # of a Parquet file
 _BUFFER_BYTES = 2**14  # of each partition's file
+_HEAD_BYTES = DIGEST_BYTES + 4  # digest and size, before each record
+_SCAN_BYTES = 2**20
 
 
 class Snapshot(NamedTuple):
@@ -142,7 +144,7 @@ class SnapshotWriter:
         path = self._records.path_of(first)
         if path not in self._read:
             self._read[path] = open(path, "rb", buffering=0)
-        head = os.pread(self._read[path].fileno(), DIGEST_BYTES + 4, offset)
+        head = os.pread(self._read[path].fileno(), _HEAD_BYTES, offset)
         return os.pread(self._read[path].fileno(), int.from_bytes(head[DIGEST_BYTES:], "big"), offset + len(head))
 
     def kept_records(self, quarantine: Quarantine) -> Iterator[tuple[bytes, bytes]]:
@@ -159,7 +161,7 @@ class SnapshotWriter:
         self._close()
         for path in self._records.paths:
             if path.stat().st_size:
-                with open(path, "rb", buffering=_BUFFER_BYTES) as file:
+                with open(path, "rb", buffering=0) as file:
                     places = sorted(_places(file))
                     last = b""
                     for digest, start, size in places:
@@ -187,13 +189,17 @@ class SnapshotWriter:
 
 def _places(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
     """(digest, offset, size) of each record of a partition."""
-    start = 0
-    while head := file.read(DIGEST_BYTES + 4):
+    read, begins, place = b"", 0, 0
+    while True:
+        if place + _HEAD_BYTES > begins + len(read):
+            file.seek(place)
+            read, begins = file.read(_SCAN_BYTES), place
+            if not read:
+                return
+        head = read[place - begins : place - begins + _HEAD_BYTES]
         size = int.from_bytes(head[DIGEST_BYTES:], "big")
-        start += len(head)
-        yield head[:DIGEST_BYTES], start, size
-        start += size
-        file.seek(size, os.SEEK_CUR)
+        yield head[:DIGEST_BYTES], place + _HEAD_BYTES, size
+        place += _HEAD_BYTES + size
 
 
 def _distinct(partitions: _Partitions) -> int:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -254,13 +255,13 @@ class Storage:
         done: list[str] = []
         digests: dict[str, str] = {}
         try:
-            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-                name = path.relative_to(folder).as_posix()
-                target = join(uri, name)
-                done.append(target)
-                self.upload_file(path, target)
-                with open(path, "rb") as file:
-                    digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            with ThreadPoolExecutor(1) as beside:
+                for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                    name = path.relative_to(folder).as_posix()
+                    digest = beside.submit(_sha256, path)
+                    done.append(join(uri, name))
+                    self.upload_file(path, done[-1])
+                    digests[name] = digest.result()
             self.put_json(join(uri, MARKER), {**marker, FILES: digests})
         except BaseException:
             for target in done:
@@ -284,3 +285,8 @@ class Storage:
         for item in self.list(prefix):
             self.download_file(item.uri, folder / item.uri.removeprefix(prefix))
         return marker
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
