@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +26,7 @@ def apply(
     host: Host = "",
     namespace: Namespace = "",
 ) -> None:
-    """Makes KFP's recurring runs those of the file; shows the difference first. A second time it changes nothing.
-
-    A graph whose version is not there yet is uploaded, with --check, too: its digest is part of the difference.
-    """
+    """Makes KFP's recurring runs those of the file; shows the difference first. A second time it changes nothing."""
     from components.services.launch import STORAGE_VARIABLE
     from components.services.storage import Storage
     from pipelines.cluster.schedules import lock, make, plan, read_file, wanted
@@ -38,8 +36,8 @@ def apply(
     if not root.startswith("s3://"):
         raise DoNotRetry(f"{STORAGE_VARIABLE} = {root!r} is not an S3 URI", "set it: a lock there keeps two from applying at once")
     kfp = connect(host, namespace)
-    wishes = [wanted(kfp, name, each, file.parent, allow_tags) for name, each in said.schedules.items()]
-    with lock(Storage(), root):
+    wishes = [wanted(kfp, name, each, file.parent, allow_tags, check) for name, each in said.schedules.items()]
+    with nullcontext() if check else lock(Storage(), root):
         steps = plan(kfp, wishes, prune)
         for step in steps:
             print(step.name)

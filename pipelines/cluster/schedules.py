@@ -33,8 +33,8 @@ from pipelines import resources as tables
 from pipelines.arguments import Sources
 from pipelines.cluster.connection import Connection, Refused
 from pipelines.cluster.cron import check
-from pipelines.cluster.submit import EXPERIMENT, SERVICE_ACCOUNT, Order, experiment_of, parameters_of
-from pipelines.cluster.versions import upload
+from pipelines.cluster.submit import EXPERIMENT, SERVICE_ACCOUNT, Order, experiment_named, experiment_of, parameters_of
+from pipelines.cluster.versions import find, upload
 from pipelines.yaml_file import read_yaml
 
 MARK = re.compile(r"rankloop-schedule ([0-9a-f]{16})")
@@ -114,17 +114,21 @@ def read_file(path: Path) -> File:
         raise DoNotRetry(f"{path}: {error.message}", "pipelines/cluster/schedules.py says what each key means") from error
 
 
-def wanted(kfp: Connection, name: str, schedule: Schedule, folder: Path, tags_allowed: bool) -> Wanted:
-    """What the schedule is in KFP; its graph is uploaded."""
+def wanted(kfp: Connection, name: str, schedule: Schedule, folder: Path, tags_allowed: bool, only_look: bool = False) -> Wanted:
+    """What the schedule is in KFP; its graph is uploaded and its experiment made where they are not there.
+
+    Args:
+        only_look: make neither; the wish has no id of them then, so that it is like no schedule that is there.
+    """
     profile = profiles.load(_beside(schedule.profile, folder), schedule.set, None, schedule.method, own_rankings=True)
     table = tables.load(_beside(schedule.resources, folder))
     sources = Sources(schedule.rankings, schedule.demonstrations, schedule.pretraining)
     order = Order(schedule.graph, profile, sources, table, tags_allowed, schedule.experiment, schedule.service_account)
     parameters = parameters_of(order, scheduled=True)
-    version = upload(kfp, schedule.graph, table, tags_allowed, fresh_ingest=True)
+    version = (find if only_look else upload)(kfp, schedule.graph, table, tags_allowed, fresh_ingest=True)
     body = {
         "display_name": name,
-        "experiment_id": experiment_of(kfp, schedule.experiment),
+        "experiment_id": (experiment_named if only_look else experiment_of)(kfp, schedule.experiment),
         "pipeline_version_reference": {"pipeline_id": version.pipeline_id, "pipeline_version_id": version.version_id},
         "runtime_config": {"parameters": parameters},
         "trigger": {"cron_schedule": {"cron": schedule.cron}},

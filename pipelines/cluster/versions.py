@@ -37,10 +37,8 @@ def upload(kfp: Connection, graph: str, resources: Resources, tags_allowed: bool
     Raises:
         DoNotRetry, Retry: the graph breaks the policy, or KFP refuses or cannot be reached.
     """
-    package = _package(graph, resources.model_dump_json(), tags_allowed, fresh_ingest)
-    pipeline = graph.replace("_", "-")
-    name = f"{pipeline}-{hashlib.sha256(package).hexdigest()[:12]}"
-    pipeline_id = _pipeline(kfp, pipeline)
+    name, package = _named(graph, resources, tags_allowed, fresh_ingest)
+    pipeline_id = _pipeline(kfp, _pipeline_name(graph))
     found = _version(kfp, pipeline_id, name)
     if found:
         return Version(pipeline_id, found, name, False)
@@ -56,6 +54,23 @@ def upload(kfp: Connection, graph: str, resources: Resources, tags_allowed: bool
                 raise
             return Version(pipeline_id, found, name, False)  # somebody else's upload of the same was faster
     return Version(pipeline_id, str(made.pipeline_version_id), name, True)
+
+
+def find(kfp: Connection, graph: str, resources: Resources, tags_allowed: bool, fresh_ingest: bool = False) -> Version:
+    """What `upload` would give, with "" for an id that is not there yet; it changes nothing."""
+    name, _ = _named(graph, resources, tags_allowed, fresh_ingest)
+    pipeline_id = _pipeline_named(kfp, _pipeline_name(graph))
+    return Version(pipeline_id, _version(kfp, pipeline_id, name) if pipeline_id else "", name, False)
+
+
+def _pipeline_name(graph: str) -> str:
+    return graph.replace("_", "-")
+
+
+def _named(graph: str, resources: Resources, tags_allowed: bool, fresh_ingest: bool) -> tuple[str, bytes]:
+    """Name and content of the graph's version."""
+    package = _package(graph, resources.model_dump_json(), tags_allowed, fresh_ingest)
+    return f"{_pipeline_name(graph)}-{hashlib.sha256(package).hexdigest()[:12]}", package
 
 
 @cache

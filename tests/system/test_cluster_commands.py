@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def test_schedules_are_applied_changed_listed_and_deleted(server: StandIn, label
     def apply(*more: str) -> Called:
         return rankloop("schedule", "apply", str(file), "--allow-tags", *more)
 
-    assert (apply("--check").code, server.kept["recurringruns"]) == (65, [])
+    checked = apply("--check")
+    assert (checked.code, {request.partition(" ")[0] for request in server.asked}) == (65, {"GET"}), "it only looks"
+    assert re.search(r"^watch\n  \+ 0 0 3 \* \* \*, version drift-watch-[0-9a-f]{12}$", checked.text, re.M)
     assert apply().text.endswith("applied\n")
     (made,) = server.kept["recurringruns"]
     assert made["runtime_config"]["parameters"]["rankings_fingerprint"] == "", "it is the same in every run"
