@@ -86,7 +86,7 @@ class LocalServices:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
+            if kind is None or issubclass(kind, Exception):  # not a KeyboardInterrupt
                 self._wait_for_users()
         finally:
             self.stop()

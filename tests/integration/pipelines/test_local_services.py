@@ -80,12 +80,15 @@ from pipelines.local_services import LocalServices
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script starts what it puts in the background without it
 with LocalServices(Path(sys.argv[1])) as services:
     print(services.attached, flush=True)
-    sys.stdin.read()
+    if sys.stdin.read():
+        raise ValueError
 """
 
 
 @contextlib.contextmanager
-def owner_that_leaves_before(home: Path, users: int) -> Iterator[tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]]:
+def owner_that_leaves_before(
+    home: Path, users: int, error: bool = False
+) -> Iterator[tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]]:
     """A process that started the servers and is done, and others that still use them."""
     started = []
     try:
@@ -95,20 +98,23 @@ def owner_that_leaves_before(home: Path, users: int) -> Iterator[tuple[subproces
             started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True))
             assert (output := started[-1].stdout) is not None
             assert output.readline() == f"{number > 0}\n"
-        owner, *others = started
+        owner = started[0]
         assert owner.stdin is not None
         assert owner.stderr is not None
+        owner.stdin.write("x" * error)
         owner.stdin.close()
         assert "Another process uses these servers" in owner.stderr.readline()
-        yield owner, others
+        yield started
     finally:
         for process in started:
             process.kill()
             process.wait()
 
 
-def test_their_owner_waits_for_all_who_still_use_them(tmp_path: Path) -> None:
-    with owner_that_leaves_before(tmp_path, users=3) as (owner, others):
+@pytest.mark.parametrize("error", [False, True])
+def test_their_owner_waits_for_all_who_still_use_them(tmp_path: Path, error: bool) -> None:
+    with owner_that_leaves_before(tmp_path, 3, error) as processes:
+        owner, *others = processes
         groups = servers(tmp_path)
         others[0].kill()
         others[1].communicate(timeout=30)
@@ -116,7 +122,7 @@ def test_their_owner_waits_for_all_who_still_use_them(tmp_path: Path) -> None:
         assert owner.poll() is None
         assert all(alive([group]) for group in groups)
         others[2].communicate(timeout=30)
-        assert owner.wait(timeout=30) == 0
+        assert owner.wait(timeout=30) == int(error)
         assert not alive(groups)
 
 
