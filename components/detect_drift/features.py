@@ -124,7 +124,7 @@ def judge(
 
 
 def mean_judgement(members: Sequence[Judgement]) -> Judgement:
-    """What an ensemble says of one ranking: each margin is the mean of its members'."""
+    """What an ensemble says of one ranking: each margin, in nats, is the mean of its members' (raw scores, as in `judge`)."""
     return Judgement([sum(margins) / len(margins) for margins in zip(*(each.margins for each in members), strict=True)])
 
 

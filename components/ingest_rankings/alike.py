@@ -127,7 +127,8 @@ class Alike:
             entries = np.fromfile(self._folder / f"{kind}-{number:02}", dtype=dtype)
             keys = entries["key"].astype(np.uint64)
             # Only keys whose last bits come twice are sorted: a sort of all takes three times as long.
-            slots = (keys & np.uint64((1 << min((4 * len(keys)).bit_length(), SLOT_BITS)) - 1)).astype(np.int64)
+            bits = min((4 * len(keys)).bit_length(), SLOT_BITS)
+            slots = (keys & np.uint64((1 << bits) - 1)).astype(np.int64)
             crowded = np.bincount(slots)[slots] > 1
             entries, keys = entries[crowded], keys[crowded]
             in_order = np.sort(keys)

@@ -42,7 +42,7 @@ def same_key(ranking: Ranking) -> bytes:
         texts.append(message["content"])
     texts += [text for _, text in ranked]
     about = orjson.dumps([ranking.rater_id, ranking.criterion or "", roles, [rank for rank, _ in ranked] if ties else None])
-    # No byte of UTF-8 is 0xff, so that the texts stay apart.
+    # No byte of UTF-8 is 0xff, so that the texts stay apart; ASCII's white space is then taken away from all of them in one call.
     whole = b"\xff".join([text.encode() if text.isascii() else "".join(text.split()).encode() for text in texts])
     return hashlib.sha256(about + b"\xff" + whole.translate(None, _SPACES)).digest()[:16]
 

@@ -33,7 +33,7 @@ GROUP_ROWS, GROUP_BYTES = 1000, 2 * 2**20  # of a Parquet row group, in records 
 PART_ROWS, PART_BYTES = 200_000, 256 * 2**20  # of a Parquet file
 _BUFFER_BYTES = 2**14  # of each partition's file
 _HEAD_BYTES = DIGEST_BYTES + 4  # digest and size, before each record
-_SCAN_BYTES = 2**20
+_SCAN_BYTES = 2**20  # of a partition that are read at once where its heads are looked for
 
 
 class Snapshot(NamedTuple):

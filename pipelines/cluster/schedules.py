@@ -114,21 +114,21 @@ def read_file(path: Path) -> File:
         raise DoNotRetry(f"{path}: {error.message}", "pipelines/cluster/schedules.py says what each key means") from error
 
 
-def wanted(kfp: Connection, name: str, schedule: Schedule, folder: Path, tags_allowed: bool, only_look: bool = False) -> Wanted:
+def wanted(kfp: Connection, name: str, schedule: Schedule, folder: Path, tags_allowed: bool, dry_run: bool = False) -> Wanted:
     """What the schedule is in KFP; its graph is uploaded and its experiment made where they are not there.
 
     Args:
-        only_look: make neither; the wish has no id of them then, so that it is like no schedule that is there.
+        dry_run: make neither; the wish has no id of them then, so that it is like no schedule that is there.
     """
     profile = profiles.load(_beside(schedule.profile, folder), schedule.set, None, schedule.method, own_rankings=True)
     table = tables.load(_beside(schedule.resources, folder))
     sources = Sources(schedule.rankings, schedule.demonstrations, schedule.pretraining)
     order = Order(schedule.graph, profile, sources, table, tags_allowed, schedule.experiment, schedule.service_account)
     parameters = parameters_of(order, scheduled=True)
-    version = (find if only_look else upload)(kfp, schedule.graph, table, tags_allowed, fresh_ingest=True)
+    version = (find if dry_run else upload)(kfp, schedule.graph, table, tags_allowed, fresh_ingest=True)
     body = {
         "display_name": name,
-        "experiment_id": (experiment_named if only_look else experiment_of)(kfp, schedule.experiment),
+        "experiment_id": (experiment_named if dry_run else experiment_of)(kfp, schedule.experiment),
         "pipeline_version_reference": {"pipeline_id": version.pipeline_id, "pipeline_version_id": version.version_id},
         "runtime_config": {"parameters": parameters},
         "trigger": {"cron_schedule": {"cron": schedule.cron}},

@@ -86,11 +86,9 @@ with LocalServices(Path(sys.argv[1])) as services:
 
 
 @contextlib.contextmanager
-def owner_that_leaves_before(
-    home: Path, users: int, error: bool = False
-) -> Iterator[tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]]:
-    """A process that started the servers and is done, and others that still use them."""
-    started = []
+def owner_that_leaves_before(home: Path, users: int, error: bool = False) -> Iterator[list[subprocess.Popen[str]]]:
+    """A process that started the servers and is done, and behind it in the list others that still use them."""
+    started: list[subprocess.Popen[str]] = []
     try:
         for number in range(1 + users):
             command = [sys.executable, "-c", USES_THEM, str(home)]
