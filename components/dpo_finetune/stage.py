@@ -252,7 +252,7 @@ def _trainable(config: Config, model: PreTrainedModel) -> Role:
     else:
         role = policy_role(model, trainable=True)
     if config.shard:
-        divide_layers(role, device())
+        divide_layers([role], device())
     return role
 
 

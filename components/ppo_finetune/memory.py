@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -21,11 +22,13 @@ from components.rlhf.memory import (
     pass_bytes,
     shape_only,
     shape_role,
+    sharding_shares,
     weights_bytes,
     weights_file_bytes,
 )
 from components.rlhf.models import device, dtype_of
 from components.rlhf.rollout import PREFILL_MICRO_BATCHES
+from components.rlhf.trunk import transformer_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,6 +45,9 @@ class Knobs(Protocol):
     max_new_tokens: int
     micro_batch_tokens: int
     activation_checkpointing: bool
+    processes: int
+    nodes: int
+    shard: bool
     lora_rank: int
     lora_layers: int
     precision: Literal["float32", "bfloat16"]
@@ -79,7 +85,7 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
 def update_shares(
     knobs: Knobs, config: PretrainedConfig, scorers: Sequence[Scorer], prompt_tokens: int, file_bytes: int, kind: str
 ) -> list[Share]:
-    """The shares of every role on a `kind` of device, and of the phase that takes most.
+    """The shares of every role on a `kind` of device, one of as many as there are processes, and of the phase that takes most.
 
     Args:
         scorers: the reward model's members and, last, the judge.
@@ -88,10 +94,13 @@ def update_shares(
     """
     model = shape_only(config, knobs.precision, kind)
     base = weights_bytes(model)
+    processes = knobs.processes * knobs.nodes
+    divided = weights_bytes(transformer_layers(model.base_model)[1]) if knobs.shard and processes > 1 else 0  # of one model
     role = shape_role(model, knobs.lora_rank, knobs.lora_layers)
     trained = sum(parameter.numel() for parameter in role.trainable) * FLOAT_BYTES
     tokens = prompt_tokens + knobs.max_new_tokens
-    samples = knobs.batch_prompts * knobs.samples_per_prompt
+    prompts = math.ceil(knobs.batch_prompts / processes)
+    samples = prompts * knobs.samples_per_prompt
     shares = device_shares(kind)
     if knobs.lora_rank:
         scorer = [each.bytes for each in scorers]
@@ -100,7 +109,9 @@ def update_shares(
         shares += [Share("reference", f"the base that all share, {knobs.precision}", base), Share("policy", "adapter", trained)]
         shapes = [AdapterShape(knobs.lora_rank, 0, knobs.lora_layers), *(each.shape for each in scorers if each.shape)]
         if trunk_layers(config.num_hidden_layers, shapes):
-            hidden = samples * tokens * config.hidden_size * dtype_of(knobs.precision).itemsize
+            hidden = (
+                knobs.batch_prompts * knobs.samples_per_prompt * tokens * config.hidden_size * dtype_of(knobs.precision).itemsize
+            )
             shares.append(Share("trunk", "what lies below the adapters, of every token", hidden))
     else:
         head = model.get_output_embeddings().weight
@@ -121,10 +132,16 @@ def update_shares(
     ]
     passes = Passes(samples, tokens, knobs.micro_batch_tokens, knobs.activation_checkpointing)
     backward = pass_bytes(role, passes, kind, predicted=knobs.max_new_tokens)
-    backward += max(trained, value_trained)  # the gradient of one role at a time
+    gradient = max(trained, value_trained)  # of one role at a time
     layers = config.num_hidden_layers
-    prefill = cache_bytes(config, knobs.precision, knobs.batch_prompts, prompt_tokens) * (layers + 1) // layers
-    prefill_rows = min(knobs.batch_prompts, max(1, PREFILL_MICRO_BATCHES * knobs.micro_batch_tokens // prompt_tokens))
+    if divided and knobs.lora_rank:  # of all roles only the base
+        shares += sharding_shares(divided, 2 * divided // layers, processes)
+    elif divided:  # policy and value with two moments each, the best policy, the reference and the scorers
+        shares += sharding_shares((8 + len(scorers)) * divided, 4 * divided // layers, processes)
+        gradient -= divided * (processes - 1) // processes
+    backward += gradient
+    prefill = cache_bytes(config, knobs.precision, prompts, prompt_tokens) * (layers + 1) // layers
+    prefill_rows = min(prompts, max(1, PREFILL_MICRO_BATCHES * knobs.micro_batch_tokens // prompt_tokens))
     prefill += forward_bytes(role, prefill_rows, prompt_tokens)
     sampling = cache_bytes(config, knobs.precision, samples, tokens) * (layers + 1) // layers
     sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64

@@ -9,6 +9,7 @@ import torch
 from components.ppo_finetune.roles import Roles
 from components.ppo_finetune.update import Optimisers
 from components.rlhf.optimisation import Optimiser, load_weights, weights_of
+from components.rlhf.sharding import divide_like
 from components.rlhf.vllm_sampler import VllmSampler
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Progress:
             "update": self.update,
             "beta": self.beta,
             "history": self.history,
-            "best": self.best,
+            "best": weights_of(self.best),
             "best_update": self.best_update,
             "policy": weights_of(self.roles.policy.trainable),
             "value": weights_of(self.roles.value.trainable),
@@ -71,7 +72,8 @@ class Progress:
 
     def load(self, state: dict[str, Any]) -> None:
         self.update, self.beta, self.history = state["update"], state["beta"], state["history"]
-        self.best, self.best_update = state["best"], state["best_update"]
+        self.best = [divide_like(p, saved) for p, saved in zip(self.roles.policy.trainable, state["best"], strict=True)]
+        self.best_update = state["best_update"]
         load_weights(self.roles.policy.trainable, state["policy"])
         load_weights(self.roles.value.trainable, state["value"])
         self.optimisers.policy.load(state["policy_optimiser"])

@@ -9,11 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import nn
 
 from components.rlhf.adapters import ADAPTER_FOLDER, AdapterShape, adapter_role, add_adapter, copy_adapter, load_adapter
-from components.rlhf.models import Precision, Role, load_head, load_policy, load_scorer, member_folders, policy_role, scorer_role
+from components.rlhf.models import (
+    Precision,
+    Role,
+    device,
+    load_head,
+    load_policy,
+    load_scorer,
+    member_folders,
+    policy_role,
+    scorer_role,
+)
 from components.rlhf.reward import Centring
+from components.rlhf.sharding import divide_layers
 from components.rlhf.trunk import Trunk, shared_trunk
 from components.services.exits import DoNotRetry
 
@@ -59,6 +71,11 @@ class Roles(NamedTuple):
     def reward_centring(self) -> Centring:
         return self.members[0].centring
 
+    @property
+    def divided(self) -> bool:
+        """Whether all roles' layers are divided over the processes (`rlhf.sharding`)."""
+        return self.policy.divided
+
 
 def load_roles(
     sft: Path,
@@ -70,6 +87,7 @@ def load_roles(
     lora_alpha: int,
     lora_layers: int = 0,
     seed: int,
+    shard: bool = False,
 ) -> Roles:
     """Loads every role.
 
@@ -79,11 +97,19 @@ def load_roles(
         lora_rank: of the policy's adapter; 0: every role is a model of its own, and the other `lora_` arguments mean nothing.
         lora_layers: how many of the last layers carry the policy's adapter; 0: all.
         seed: of the policy's adapter.
+        shard: divide every model's layers over the processes.
 
     Raises:
         DoNotRetry: adapters are asked for, and a reward model has none for this base.
     """
-    model, tokenizer = load_policy(sft, precision)
+    place = torch.device("cpu") if shard else None  # from there its layers go to the device one by one
+
+    def alone(role: Role) -> Role:
+        if shard:
+            divide_layers([role], device())
+        return role
+
+    model, tokenizer = load_policy(sft, precision, place)
     folders = [*member_folders(reward), judge]
     heads, configs = zip(*(load_head(folder) for folder in folders), strict=True)
     centrings = [Centring.of(each) for each in configs]
@@ -91,13 +117,14 @@ def load_roles(
     trunk = None
     if lora_rank:
         shape = AdapterShape(lora_rank, lora_alpha, lora_layers)
-        (policy, reference, value, *scorers), trunk = _adapters(model, heads, value_head, folders, shape, seed)
+        (policy, reference, value, *scorers), trunk = _adapters(model, heads, value_head, folders, shape, seed, shard)
     else:
-        value_model, _ = load_scorer(reward, precision)
+        policy = alone(policy_role(model, trainable=True))
+        reference = alone(policy_role(load_policy(sft, precision, place)[0]))
+        value_model, _ = load_scorer(reward, precision, place)
         value_model.score = value_head
-        policy, reference = policy_role(model, trainable=True), policy_role(load_policy(sft, precision)[0])
-        value = scorer_role(value_model, trainable=True)
-        scorers = [scorer_role(load_scorer(folder, precision)[0]) for folder in folders]
+        value = alone(scorer_role(value_model, trainable=True))
+        scorers = [alone(scorer_role(load_scorer(folder, precision, place)[0])) for folder in folders]
     *members, judge_member = map(Member, scorers, centrings)
     return Roles(policy, reference, value, tuple(members), *judge_member, model, tokenizer, trunk)
 
@@ -117,6 +144,7 @@ def _adapters(
     folders: Sequence[Path],
     shape: AdapterShape,
     seed: int,
+    shard: bool,
 ) -> tuple[list[Role], Trunk | None]:
     """Policy, reference, value, and the reward model's members and the judge, whose heads and folders are given in this order.
 
@@ -145,6 +173,8 @@ def _adapters(
             for name, head in zip(names, heads, strict=True)
         ),
     ]
+    if shard:
+        divide_layers(roles, device())
     trunk = shared_trunk(model.base_model, trunk_layers(model.config.num_hidden_layers, [shape, *shapes]))
     for role in roles:
         role.upper = trunk and trunk.upper

@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 class Config(Distributed):
     RUNTIME_ONLY = frozenset(
-        {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "threads", "checkpoint_seconds"}
+        {"activation_checkpointing", "micro_batch_tokens", "processes", "nodes", "shard", "threads", "checkpoint_seconds"}
         | {"vllm_python", "vllm_memory_fraction", "vllm_sleep", "vllm_timeout_seconds"}
     )
 
@@ -132,6 +132,8 @@ class Config(Distributed):
     """The last so many layers carry the adapter; 0: all. What lies below all adapters is computed once for all roles and passes."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights; in bfloat16, those that are trained (all, or adapters) are kept and stepped in float32 too."""
+    shard: bool = False
+    """Divide weights, gradients and moments of the layers over the processes (FSDP2): for models that one GPU cannot hold."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
     """What samples the completions: this process ("torch"), or vLLM as a process beside it ("vllm")."""
     sampler_ratio_cap: float = Field(2.0, ge=0)
@@ -159,6 +161,8 @@ class Config(Distributed):
             raise ValueError(f"{self.minibatches} minibatches of {self.batch_prompts * self.samples_per_prompt} completions")
         if self.value_epochs > self.epochs:
             raise ValueError(f"value_epochs {self.value_epochs} is more than epochs {self.epochs}")
+        if self.shard and self.precision == "bfloat16" and not self.lora_rank:
+            raise ValueError("shard trains float32 weights: set precision to float32, or lora_rank")
         if self.processes * self.nodes > self.batch_prompts:
             raise ValueError(f"{self.processes * self.nodes} processes share {self.batch_prompts} prompts: some would have none")
         return self
@@ -228,6 +232,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
         lora_alpha=config.lora_alpha,
         lora_layers=config.lora_layers,
         seed=config.seed,
+        shard=config.shard,
     )
     if config.activation_checkpointing:
         for role in (roles.policy, roles.value):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from components.ppo_finetune.roles import Roles
 from components.rlhf import ppo
-from components.rlhf.distributed import processes, rank, summed, total
+from components.rlhf.distributed import as_many, processes, rank, summed, total
 from components.rlhf.likelihood import add_nll_gradient
 from components.rlhf.mismatch import Mismatch, mismatch, sampler_weights
 from components.rlhf.models import Role
@@ -89,10 +89,14 @@ class Optimisers(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Rows of an update's batch, cut to their longest: their indices [b], and what they hold."""
+    """Rows of an update's batch, cut to their longest: their indices [b], what they hold, and the factor by which they count.
+
+    It is 0 where a process only takes part, because the layers are divided and others have more micro-batches.
+    """
 
     rows_B: Tensor
     part: Batch
+    counts: float = 1.0
 
 
 @torch.no_grad()
@@ -104,15 +108,19 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     ends = [c.token_ids if c.ended else [*c.token_ids, roles.tokenizer.eos_token_id] for c in completions]
     closed = right_pad(prompts, ends, pad_id).to(device)  # the text that is scored ends with EOS
     batch = right_pad(prompts, answers, pad_id).to(device)
+
+    def micro_rows(batch: Batch) -> list[MicroBatch]:
+        return _micro_rows(batch, range(len(completions)), knobs.micro_batch_tokens, roles.divided)
+
     if roles.trunk is not None:
         trunk = roles.trunk
-        (trunk_BTD,) = _own_rows(knobs, closed, lambda part: (trunk(part.ids_BT),))
+        (trunk_BTD,) = _own_rows(closed, micro_rows(closed), lambda part: (trunk(part.ids_BT),))
         closed = closed._replace(trunk_BTD=trunk_BTD)
         batch = batch._replace(trunk_BTD=trunk_BTD[:, : batch.ids_BT.shape[1]])  # an EOS behind changes nothing in front
 
     def scored(role: Role, centring: Centring) -> Tensor:
         raw_B = torch.zeros(len(completions))
-        for rows_B, part in _micro_rows(closed, range(len(completions)), knobs.micro_batch_tokens):
+        for rows_B, part, _ in micro_rows(closed):
             raw_B[rows_B.cpu()] = batch_scores(role, part).cpu()
         return centring(summed(raw_B))
 
@@ -127,9 +135,9 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     def forward(role: Role, part: Batch) -> tuple[Tensor, Tensor]:
         return token_logprobs(role, part, temperature=knobs.temperature, pad_id=pad_id, with_entropy=role is roles.policy)
 
-    logprobs_old_BT, entropy_BT = _over_rows(knobs, batch, lambda part: forward(roles.policy, part))
-    logprobs_reference_BT, _ = _over_rows(knobs, batch, lambda part: forward(roles.reference, part))
-    (values_old_BT,) = _over_rows(knobs, batch, lambda part: (token_values(roles.value, part),))
+    logprobs_old_BT, entropy_BT = _over_rows(batch, micro_rows(batch), lambda part: forward(roles.policy, part))
+    logprobs_reference_BT, _ = _over_rows(batch, micro_rows(batch), lambda part: forward(roles.reference, part))
+    (values_old_BT,) = _over_rows(batch, micro_rows(batch), lambda part: (token_values(roles.value, part),))
     mask_BT = batch.completion_mask_BT
     sampled_BT = torch.zeros_like(logprobs_old_BT).masked_scatter(mask_BT, torch.cat([c.logprobs for c in completions]).to(device))
     corrected = knobs.rollout_engine != "torch" and knobs.sampler_ratio_cap > 0
@@ -191,7 +199,7 @@ def optimise(
     value_steps = (knobs.value_epochs or knobs.epochs) * knobs.minibatches
     steps = [rows for _ in range(knobs.epochs) for rows in torch.randperm(len(mask_BT), generator=order).chunk(knobs.minibatches)]
     for step, (rows, examples) in enumerate(zip(steps, _shares(pretraining, len(steps)), strict=True)):
-        micro = list(_micro_rows(batch, rows.tolist(), knobs.micro_batch_tokens))
+        micro = _micro_rows(batch, rows.tolist(), knobs.micro_batch_tokens, roles.divided)
         sums: dict[str, float] = {}
         if policy_learns:
             sums |= add_policy_gradient(knobs, roles, experience, advantages_BT, micro)
@@ -226,9 +234,9 @@ def add_policy_gradient(
     knobs: Knobs, roles: Roles, experience: Experience, advantages_BT: Tensor, micro: Sequence[MicroBatch]
 ) -> dict[str, float]:
     """Adds the gradient of one minibatch's clipped surrogate to the policy; gives what is logged of it, token means."""
-    (tokens,) = total(sum(int(part.completion_mask_BT.sum()) for _, part in micro))  # whatever the micro-batches and processes
+    tokens = _tokens_of_all(micro)
     sums = dict.fromkeys(POLICY_SUMS, 0.0)
-    for rows_B, part in micro:
+    for rows_B, part, counts in micro:
         cut = part.ids_BT.shape[1]
         logprobs_BT, _ = token_logprobs(roles.policy, part, temperature=knobs.temperature, pad_id=roles.tokenizer.pad_token_id)
         loss = ppo.policy_loss(
@@ -239,10 +247,10 @@ def add_policy_gradient(
             knobs.clip,
             None if experience.sampler_weights_BT is None else experience.sampler_weights_BT[rows_B, :cut],
         )
-        (loss.total / tokens).backward()
-        sums["policy_loss"] += loss.total.item() / tokens
-        sums["clip_fraction"] += loss.clipped.item() / tokens
-        sums["kl_old"] += loss.kl_old.item() / tokens
+        (loss.total * counts / tokens).backward()
+        sums["policy_loss"] += loss.total.item() * counts / tokens
+        sums["clip_fraction"] += loss.clipped.item() * counts / tokens
+        sums["kl_old"] += loss.kl_old.item() * counts / tokens
     return dict(zip(sums, total(*sums.values()), strict=True))
 
 
@@ -250,9 +258,9 @@ def add_value_gradient(
     knobs: Knobs, roles: Roles, experience: Experience, returns_BT: Tensor, micro: Sequence[MicroBatch]
 ) -> dict[str, float]:
     """Adds the gradient of one minibatch's clipped value loss; apart from the policy's, so that one gradient is held at a time."""
-    (tokens,) = total(sum(int(part.completion_mask_BT.sum()) for _, part in micro))
+    tokens = _tokens_of_all(micro)
     sums = {"value_loss": 0.0, "value_clip_fraction": 0.0}
-    for rows_B, part in micro:
+    for rows_B, part, counts in micro:
         cut = part.ids_BT.shape[1]
         loss = ppo.value_loss(
             token_values(roles.value, part),
@@ -261,9 +269,9 @@ def add_value_gradient(
             part.completion_mask_BT,
             knobs.value_clip,
         )
-        (knobs.value_coefficient * loss.total / tokens).backward()
-        sums["value_loss"] += loss.total.item() / tokens
-        sums["value_clip_fraction"] += loss.clipped.item() / tokens
+        (knobs.value_coefficient * loss.total * counts / tokens).backward()
+        sums["value_loss"] += loss.total.item() * counts / tokens
+        sums["value_clip_fraction"] += loss.clipped.item() * counts / tokens
     return dict(zip(sums, total(*sums.values()), strict=True))
 
 
@@ -310,31 +318,39 @@ def _shares(examples: Sequence[Encoded], parts: int) -> list[Sequence[Encoded]]:
     return [examples[number * size : (number + 1) * size] for number in range(parts)]
 
 
-def _micro_rows(batch: Batch, rows: Sequence[int], max_tokens: int) -> list[MicroBatch]:
-    """Length-sorted groups of rows, each cut to its longest; as (row indices, their part of the batch).
+def _micro_rows(batch: Batch, rows: Sequence[int], max_tokens: int, together: bool) -> list[MicroBatch]:
+    """Length-sorted groups of rows, each cut to its longest.
 
     Of several processes each has every n-th row of an update, always the same: of these it holds what the trunk makes.
+
+    Args:
+        together: every process must have as many groups. One that has fewer looks at the first of its rows again.
     """
-    rows = [row for row in rows if row % processes() == rank()]
     lengths = batch.attention_BT.sum(1).tolist()
-    groups = length_batches([lengths[row] for row in rows], max_tokens)
+    own = [row for row in rows if row % processes() == rank()]
+    groups = [[own[i] for i in group] for group in length_batches([lengths[row] for row in own], max_tokens)]
     result = []
-    for group in groups:
-        index_B = torch.tensor([rows[i] for i in group], device=batch.ids_BT.device)
-        cut = max(lengths[rows[i]] for i in group)
-        result.append(MicroBatch(index_B, batch.rows(index_B, cut)))
+    for group, counts in as_many(groups, [rank()]) if together else ((group, 1.0) for group in groups):
+        index_B = torch.tensor(group, device=batch.ids_BT.device)
+        result.append(MicroBatch(index_B, batch.rows(index_B, max(lengths[row] for row in group)), counts))
     return result
 
 
-def _over_rows(knobs: Knobs, batch: Batch, look: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
+def _tokens_of_all(micro: Sequence[MicroBatch]) -> float:
+    """Completion tokens of the minibatch, whatever its micro-batches and processes."""
+    (tokens,) = total(sum(int(part.completion_mask_BT.sum()) * counts for _, part, counts in micro))
+    return tokens
+
+
+def _over_rows(batch: Batch, micro: Sequence[MicroBatch], look: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
     """Applies `look` to micro-batches of all processes and puts the [b, t, ...] results together as [B, T, ...]."""
-    return [summed(values) for values in _own_rows(knobs, batch, look)]
+    return [summed(values) for values in _own_rows(batch, micro, look)]
 
 
-def _own_rows(knobs: Knobs, batch: Batch, look: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
+def _own_rows(batch: Batch, micro: Sequence[MicroBatch], look: Callable[[Batch], tuple[Tensor, ...]]) -> list[Tensor]:
     """As `_over_rows`; rows of other processes are 0."""
     results: list[Tensor] = []
-    for rows_B, part in _micro_rows(batch, range(len(batch.ids_BT)), knobs.micro_batch_tokens):
+    for rows_B, part, _ in micro:
         for number, values in enumerate(look(part)):
             if number == len(results):
                 results.append(values.new_zeros((*batch.ids_BT.shape, *values.shape[2:])))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from components.rlhf.optimisation import weights_of
 from components.services.exits import DoNotRetry
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def keep_best(config: Config, progress: Progress) -> None:
     distance = max(0.0, smoothed(progress.history, "kl_reference", config.judge_window))
     row["judge_penalised"] = row["judge_smoothed"] - config.judge_kl_penalty * distance
     if fallen(progress) <= 0:
-        progress.best = [weights.clone() for weights in weights_of(progress.roles.policy.trainable)]
+        progress.best = [weights.detach().clone() for weights in progress.roles.policy.trainable]
         progress.best_update = row["update"]
 
 

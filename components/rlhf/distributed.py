@@ -55,10 +55,17 @@ def passes(
             fewer repeats a batch, with factor 0.
     """
     own = [items[i] for i in share(costs)]
-    found = [(batch, 1.0) for batch in batches(own)] if own else []
-    if together and processes() > 1 and items:
-        spare = found[0][0] if found else next(iter(batches(items[:1])))
-        found += [(spare, 0.0)] * (_highest(len(found)) - len(found))
+    found = list(batches(own)) if own else []
+    if not together or not items:
+        return [(batch, 1.0) for batch in found]
+    return as_many(found, found[0] if found else next(iter(batches(items[:1]))))
+
+
+def as_many(own: Sequence[Batch], spare: Batch) -> list[tuple[Batch, float]]:
+    """This process's batches with factor 1, then `spare` with factor 0 until there are as many as in the process that has most."""
+    found = [(batch, 1.0) for batch in own]
+    if processes() > 1:
+        found += [(spare, 0.0)] * (_highest(len(own)) - len(own))
     return found
 
 

@@ -257,6 +257,19 @@ def device_shares(kind: str) -> list[Share]:
     return [Share("device", "workspace of cuBLAS", WORKSPACE_BYTES)] if kind == "cuda" else []
 
 
+def sharding_shares(divided: int, together: int, processes: int) -> list[Share]:
+    """What changes where layers are divided over several processes (`rlhf.sharding`).
+
+    Args:
+        divided: bytes of all that is divided: weights, gradients and moments of the layers.
+        together: bytes of what is whole while a layer computes.
+    """
+    return [
+        Share("sharding", f"layers on the other {processes - 1}", -divided * (processes - 1) // processes),
+        Share("sharding", "two layers that are put together", together),
+    ]
+
+
 def cache_bytes(config: PretrainedConfig, precision: Precision, rows: int, tokens: int) -> int:
     """Bytes of the keys and values of `rows` sequences of `tokens` tokens."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

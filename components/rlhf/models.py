@@ -121,8 +121,12 @@ def load_policy(
     return _ready(model, place), tokenizer
 
 
-def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_scorer(
+    folder: Path | str, precision: Precision = "float32", place: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A reward model and its tokenizer, in eval mode and frozen; its head is float32, so that scores keep their digits.
+
+    It is put on `place`, or else on this process's device.
 
     Raises:
         OSError: not a model folder, no safetensors in it, or weights that do not fit its config.
@@ -132,7 +136,7 @@ def load_scorer(folder: Path | str, precision: Precision = "float32") -> tuple[P
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = _load_whole(AutoModelForSequenceClassification, folder, precision)
     model.score.float()
-    return _ready(model).requires_grad_(False), tokenizer
+    return _ready(model, place).requires_grad_(False), tokenizer
 
 
 def load_head(folder: Path) -> tuple[nn.Linear, PretrainedConfig]:

@@ -121,7 +121,7 @@ def data_order(examples: int, draws: int, seed: int) -> list[int]:
     return order[:draws]
 
 
-def weights_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def weights_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     """What a checkpoint keeps of the parameters, in their order; of divided ones all of it, in the first process."""
     return [sharding.whole(p.detach()) for p in parameters]
 

@@ -96,7 +96,7 @@ def new_role(recipe: Recipe, seed: int, policy: Path, tokenizer: PreTrainedToken
     if recipe.activation_checkpointing:
         checkpoint_activations(role.backbone)
     if recipe.shard:
-        divide_layers(role, device())
+        divide_layers([role], device())
     return model, role
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from components.rlhf.distributed import any_of
 from components.rlhf.models import Role, context_tokens, policy_role
 from components.rlhf.records import Message
 from components.rlhf.tokens import Batch, encode_prompt, left_pad, length_batches, right_pad
@@ -63,6 +64,8 @@ def sample_tokens(
     A prompt is computed once for its samples. One uniform number per row and step is drawn for the whole batch, finished or not, so
     that what a row draws does not depend on when the others end. Rows that ended leave the batch.
 
+    Where the role's layers are divided over the processes, every process must sample at the same time.
+
     Args:
         among: these prompts are `among[1]` of so many; numbers are drawn for all, so that a row draws what it would among them.
         prefill_tokens: the prompts are read in groups of rows of at most so many tokens (one row at least), which changes nothing
@@ -75,6 +78,8 @@ def sample_tokens(
 
     def forward(cache: DynamicCache, inputs_BT: Tensor, attention_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Hidden states [B, D] of the last tokens."""
+        if role.divided:
+            any_of(True)  # the others may have none to compute
         hidden_BTD: Tensor = role.backbone(
             input_ids=inputs_BT,
             attention_mask=attention_BT,
@@ -120,6 +125,8 @@ def sample_tokens(
         position_B = position_B + 1
         attention_BT = torch.cat([attention_BT, attention_BT.new_ones(len(active), 1)], 1)
         hidden_BD = forward(cache, next_B[:, None], attention_BT, position_B[:, None])
+    while role.divided and any_of(False)[0]:
+        role.hidden(ids_BT[:1, -1:])  # its part of the layers is needed for as long as another process samples
     return [(ids, torch.tensor(values)) for ids, values in zip(tokens, logprobs, strict=True)]
 
 

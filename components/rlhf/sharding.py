@@ -23,33 +23,38 @@ if TYPE_CHECKING:
     from components.rlhf.models import Role
 
 
-def divide_layers(role: Role, place: torch.device) -> None:
-    """Divides the role's layers over the processes and puts all of the role on `place`; a single process keeps it whole.
+def divide_layers(roles: Sequence[Role], place: torch.device) -> None:
+    """Divides the layers of the backbone that all of these roles have over the processes, and puts the roles on `place`.
 
-    The model may lie in the host's memory: its layers go to the device one by one, each already divided. What is trained is then in
-    `role.trainable` under new names, so this comes before the optimiser.
+    A single process keeps it whole. The model may lie in the host's memory: its layers go to the device one by one, each already
+    divided. What is trained is then in `role.trainable` under new names, so this comes before the optimiser.
 
     Raises:
         DoNotRetry: the library does not say which the model's layers are.
     """
+    backbone = roles[0].backbone
     if processes() > 1:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(place.type, (processes(),))
         replaced: dict[int, nn.Parameter] = {}
-        for layer in transformer_layers(role.backbone)[1]:
+        for layer in transformer_layers(backbone)[1]:
             layer.to(place)
             weights = dict(layer.named_parameters())
-            frozen = any(not weight.requires_grad for weight in weights.values())
-            adapters = {weight for weight in weights.values() if weight.requires_grad} if frozen else set()
+            adapters = {weight for name, weight in weights.items() if "lora_" in name}
             fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
             layer.set_gradient_divide_factor(1.0)  # the loss is divided by counts of the whole batch: gradients are summed
             layer.set_force_sum_reduction_for_comms(True)  # Gloo has no other
             replaced |= {id(weights[name]): parameter for name, parameter in layer.named_parameters()}
-        role.trainable = [replaced.get(id(parameter), parameter) for parameter in role.trainable]
-        role.divided = True
-    role.backbone.to(place)
-    role.head.to(place)
+        # A root that divides nothing itself: under it a layer's buffers are freed when the next layer needs some. Each for itself,
+        # all would keep theirs to the end of the backward pass.
+        fully_shard(backbone, mesh=mesh, ignored_params=set(backbone.parameters()))
+        for role in roles:
+            role.trainable = [replaced.get(id(parameter), parameter) for parameter in role.trainable]
+            role.divided = True
+    backbone.to(place)
+    for role in roles:
+        role.head.to(place)
 
 
 def divided(parameters: Sequence[Tensor]) -> bool:
@@ -80,6 +85,11 @@ def whole(value: Any) -> Any:
         together = value.full_tensor()
         return together.cpu() if rank() == 0 else value
     return value
+
+
+def put_together(tensor: Tensor) -> Tensor:
+    """The whole tensor on this process's device, whether it is divided or not. All processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def divide_like(parameter: Tensor, value: Any) -> Any:

@@ -10,7 +10,6 @@ Shapes: B rows, T tokens, D hidden.
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import torch
@@ -75,7 +74,8 @@ def shared_trunk(backbone: nn.Module, layers: int) -> Trunk | None:
 
 
 def _with_modules(backbone: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
-    """A backbone that shares all modules of another but those given."""
-    twin = copy.copy(backbone)
+    """A backbone that shares all modules of another but those given; and its hooks, which put divided layers together."""
+    twin: nn.Module = object.__new__(type(backbone))  # `copy.copy` would make a new, empty model of one that is divided
+    twin.__dict__.update(backbone.__dict__)
     twin._modules = {**backbone._modules, **modules}
     return twin

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from components.rlhf.adapters import save_peft_adapter
 from components.rlhf.models import Precision, context_tokens
+from components.rlhf.sharding import put_together
 from components.services.exits import DoNotRetry
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def save_untied(model: PreTrainedModel, folder: Path) -> None:
     """
     head = model.get_output_embeddings()
     (name,) = [name for name, module in model.named_modules(remove_duplicate=False) if module is head]
-    weights = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    weights = {key: put_together(value.detach()).cpu() for key, value in model.state_dict().items()}
     weights[f"{name}.weight"] = weights[f"{name}.weight"].clone()
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

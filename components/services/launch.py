@@ -195,11 +195,16 @@ class Context:
         finally:
             self._deferred = False
 
-    def leave(self) -> NoReturn:
-        """Ends a stage that was asked to stop, after it saved its checkpoint."""
+    def leave(self, saved: bool = True) -> NoReturn:
+        """Ends a stage that was asked to stop.
+
+        Args:
+            saved: whether it has just saved its checkpoint; else what it did since the last one is done again.
+        """
         if self._interrupted:
             raise KeyboardInterrupt
-        raise Retry(f"{self.stage} was asked to stop (SIGTERM); its checkpoint is saved", "run again to continue")
+        done = "; its checkpoint is saved" if saved else ""
+        raise Retry(f"{self.stage} was asked to stop (SIGTERM){done}", "run again to continue")
 
     _interrupted = False
 
@@ -211,7 +216,7 @@ class Context:
             self._stop.set()
         else:
             signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
-            self.leave()
+            self.leave(saved=False)
 
 
 def launch(

@@ -70,12 +70,12 @@ class RankContext(Context):
         if not (self._deferred and self._stop.is_set()):
             super().on_signal(number, frame)
 
-    def leave(self) -> NoReturn:
+    def leave(self, saved: bool = True) -> NoReturn:
         """Leaves a training together with the others: the first may still be saving, and would be stopped when one is gone."""
         if self._deferred:
             _ignore_signals()
             wait_for_all()
-        super().leave()
+        super().leave(saved)
 
 
 def main() -> None:

@@ -148,7 +148,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     if config.activation_checkpointing:
         checkpoint_activations(role.backbone)
     if config.shard:
-        divide_layers(role, device())
+        divide_layers([role], device())
     steps = math.ceil(config.epochs * len(encoded) / config.batch_size)
     history = train_loop(config, role, encoded, steps, tokenizer.pad_token_id, context) if steps else []
     recent = [row["loss"] for row in history[-max(1, steps // 10) :]]

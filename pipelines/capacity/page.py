@@ -46,7 +46,8 @@ def notes_of(plan: Plan) -> list[str]:
         " extrapolated: another GPU at the same share of its data sheet's rate, another size, or several without the time of"
         " their messages.",
         "Decoding is the torch sampler's. vLLM's time was not measured: it is what reading weights and cache once takes.",
-        "Sharding, and the evaluation's memory (two models and a cache), were not compared with measured peaks.",
+        "With sharding it was 6 to 9 % below the peaks of PPO in two CPU processes (60 M parameters, all weights and adapters)."
+        " The evaluation's memory (two models and a cache) was not compared with a peak.",
     ]
 
 

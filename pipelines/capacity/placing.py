@@ -79,11 +79,7 @@ def place(need: Need, names: Sequence[str], config: PretrainedConfig, parameters
 
     def shares_of(micro: int, count: int) -> list[Share]:
         if (micro, count) not in known:
-            shares = need.shares(micro, count)
-            if count > 1 and need.divisible:
-                shares = [*shares, Share("sharding", f"layers on the other {count - 1}", -need.divisible * (count - 1) // count)]
-                shares.append(Share("sharding", "two layers that are put together", 2 * need.divisible // config.num_hidden_layers))
-            known[micro, count] = shares
+            known[micro, count] = need.shares(micro, count)
         return known[micro, count]
 
     lowest = min(need.row_tokens, need.micro_batch_tokens)
@@ -94,7 +90,7 @@ def place(need: Need, names: Sequence[str], config: PretrainedConfig, parameters
                 shares = shares_of(micro, count)
                 if sum(share.bytes for share in shares) <= GPUS[name].memory_bytes:
                     timed = [timed_on(job, name, count, config, parameters, itemsize) for job in need.jobs]
-                    return Placed(need.stage, name, count, bool(need.divisible) and count > 1, micro, shares, timed)
+                    return Placed(need.stage, name, count, need.can_shard and count > 1, micro, shares, timed)
     return Placed(need.stage, "", 0, False, micros[-1], shares_of(micros[-1], COUNTS[-1]), [])
 
 

@@ -15,8 +15,18 @@ from components.evaluate import stage as evaluate
 from components.ppo_finetune import stage as ppo
 from components.ppo_finetune.memory import Scorer, update_shares
 from components.rlhf.adapters import AdapterShape
-from components.rlhf.memory import FLOAT_BYTES, Passes, Share, cache_bytes, device_shares, shape_only, shape_role, training_shares
-from components.rlhf.models import context_tokens
+from components.rlhf.memory import (
+    FLOAT_BYTES,
+    Passes,
+    Share,
+    cache_bytes,
+    device_shares,
+    shape_only,
+    shape_role,
+    sharding_shares,
+    training_shares,
+)
+from components.rlhf.models import Precision, context_tokens, dtype_of
 from components.rlhf.reward import sharing_pays
 from components.services.exits import DoNotRetry
 from components.train_reward_model import stage as reward
@@ -69,7 +79,7 @@ class Need(NamedTuple):
         shares: of the memory, with a micro-batch of so many tokens and so many processes.
         micro_batch_tokens: that its settings have.
         row_tokens: below this a micro-batch cannot be: it holds one row (or ranking) at least.
-        divisible: bytes of weights, gradients and moments of layers, that sharding divides; 0: the stage cannot shard.
+        can_shard: whether its layers can be divided over several processes; in `shares` they are.
         jobs: its work.
     """
 
@@ -77,7 +87,7 @@ class Need(NamedTuple):
     shares: Callable[[int, int], list[Share]]
     micro_batch_tokens: int
     row_tokens: int
-    divisible: int
+    can_shard: bool
     jobs: list[Job]
 
 
@@ -127,12 +137,20 @@ def _ranking_rows(config: PretrainedConfig, data: Data, max_tokens: int) -> tupl
     return (1, prompt + data.completions * completion, True) if joined else (data.completions, prompt + completion, False)
 
 
-def _divisible(config: PretrainedConfig, settings: Any) -> int:
+def _can_shard(precision: Precision, lora_rank: int) -> bool:
     """Layers are divided where they are frozen, or trained in float32."""
-    weights = config.num_hidden_layers * layer_weights(config)
-    if settings.lora_rank:
-        return weights * (2 if settings.precision == "bfloat16" else FLOAT_BYTES)
-    return weights * 4 * FLOAT_BYTES if settings.precision == "float32" else 0  # weight, gradient, two moments
+    return bool(lora_rank) or precision == "float32"
+
+
+def _sharding(config: PretrainedConfig, precision: Precision, lora_rank: int, processes: int) -> list[Share]:
+    """What changes where the layers of a training are divided, if they can be."""
+    if processes == 1 or not _can_shard(precision, lora_rank):
+        return []
+    each = 4 * FLOAT_BYTES  # weight, gradient, two moments
+    if lora_rank:
+        each = dtype_of(precision).itemsize
+    divided = config.num_hidden_layers * layer_weights(config) * each
+    return sharding_shares(divided, 2 * divided // config.num_hidden_layers, processes)
 
 
 def _share(config: PretrainedConfig, layers: int) -> float:
@@ -148,18 +166,17 @@ def _sft(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Nee
             return [Share("model", "weights, float32" if settings.precision == "float32" else "weights, bfloat16", weights)]
 
         weights = parameters_of(config) * (FLOAT_BYTES if settings.precision == "float32" else 2)
-        return Need("train_sft", shares, settings.micro_batch_tokens, tokens, 0, [])
+        return Need("train_sft", shares, settings.micro_batch_tokens, tokens, False, [])
 
     def trained(micro: int, processes: int) -> list[Share]:
         passes = Passes(math.ceil(settings.batch_size / processes), tokens, micro, settings.activation_checkpointing)
-        return training_shares(config, settings.precision, passes, KIND, lora_rank=0, lora_layers=0, scorer=False)
+        needed = training_shares(config, settings.precision, passes, KIND, lora_rank=0, lora_layers=0, scorer=False)
+        return [*needed, *_sharding(config, settings.precision, 0, processes)]
 
     count = int(settings.epochs * data.rankings * (data.completions if settings.completions == "all" else 1))
     flops = count * training_flops(forward_flops(config, [tokens], data.completion_tokens), adapters=False)
-    divisible = config.num_hidden_layers * layer_weights(config) * 4 * FLOAT_BYTES if settings.precision == "float32" else 0
-    return Need(
-        "train_sft", trained, settings.micro_batch_tokens, tokens, divisible, [Job("train", TRAINING, flops, count * tokens)]
-    )
+    work = [Job("train", TRAINING, flops, count * tokens)]
+    return Need("train_sft", trained, settings.micro_batch_tokens, tokens, _can_shard(settings.precision, 0), work)
 
 
 def _preferences(
@@ -177,10 +194,12 @@ def _preferences(
             joined,
         )
         how = {"lora_rank": settings.lora_rank, "lora_layers": settings.lora_layers, "scorer": scorer}
-        return training_shares(config, settings.precision, passes, KIND, **how)
+        needed = training_shares(config, settings.precision, passes, KIND, **how)
+        return [*needed, *_sharding(config, settings.precision, settings.lora_rank, processes)]
 
     work = jobs(rows, tokens, _share(config, settings.lora_layers))
-    return Need(name, shares, settings.micro_batch_tokens, rows * tokens, _divisible(config, settings), work)
+    can_shard = _can_shard(settings.precision, settings.lora_rank)
+    return Need(name, shares, settings.micro_batch_tokens, rows * tokens, can_shard, work)
 
 
 def _reward(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Need:
@@ -228,6 +247,7 @@ def _ppo(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Nee
     member = reward.Config(**stages["train_reward_model"])
     prompt, new = min(data.prompt_tokens, settings.max_prompt_tokens or data.prompt_tokens), settings.max_new_tokens
     scorers = [Scorer()] * (member.ensemble_members + 1)
+    can_shard = _can_shard(settings.precision, settings.lora_rank)
     if settings.lora_rank:
         shape = AdapterShape(member.lora_rank or settings.lora_rank, member.lora_alpha, member.lora_layers)
         role = shape_role(shape_only(config, settings.precision, KIND), shape.rank, shape.layers)
@@ -235,10 +255,8 @@ def _ppo(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Nee
         scorers = [Scorer(size, shape)] * len(scorers)
 
     def shares(micro: int, processes: int) -> list[Share]:
-        own = settings.model_copy(
-            update={"micro_batch_tokens": micro, "batch_prompts": math.ceil(settings.batch_prompts / processes)}
-        )
-        return update_shares(own, config, scorers, prompt, 0, KIND)
+        shared = {"micro_batch_tokens": micro, "processes": processes, "nodes": 1, "shard": can_shard}
+        return update_shares(settings.model_copy(update=shared), config, scorers, prompt, 0, KIND)
 
     rows, tokens, updates = settings.batch_prompts * settings.samples_per_prompt, prompt + new, settings.updates
     each, head = forward_flops(config, [tokens]), forward_flops(config, [], new)
@@ -255,7 +273,7 @@ def _ppo(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Nee
         Job("score", SCORING, scored, updates * rows * roles * tokens),
         Job("optimise", TRAINING, trained, rows * (policy_epochs + value_epochs) * tokens),
     ]
-    return Need("ppo_finetune", shares, settings.micro_batch_tokens, tokens, 0, jobs)
+    return Need("ppo_finetune", shares, settings.micro_batch_tokens, tokens, can_shard, jobs)
 
 
 def _evaluate(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Need:
@@ -276,4 +294,4 @@ def _evaluate(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -
     jobs = _sampling(config, settings.precision, batches, settings.batch_size, settings.batch_size, prompt, new)
     count = settings.prompts * _POLICIES
     jobs.append(Job("judge", SCORING, count * forward_flops(config, [prompt + new]), count * (prompt + new)))
-    return Need("evaluate", shares, SMALLEST_MICRO_BATCH, prompt + new, 0, jobs)
+    return Need("evaluate", shares, SMALLEST_MICRO_BATCH, prompt + new, False, jobs)

@@ -21,9 +21,13 @@ from tests.stage_processes import (
     contents,
     fetched,
     kinds,
+    publish_snapshot,
     run,
     train_undisturbed,
 )
+
+# Of three processes some have fewer forward passes in scoring and in training.
+UNEVEN = {"samples_per_prompt": 2, "minibatches": 3, "micro_batch_tokens": 64}
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +69,11 @@ def test_line_26_rewards_and_advantages_are_whitened_over_all_processes(undistur
     [
         ("train_sft", {}, {}),
         ("train_reward_model", {"lora_rank": 2}, {"processes": 2, "shard": True}),
-        ("dpo_finetune", {}, {"processes": 2, "shard": True}),
+        ("dpo_finetune", {"epochs": 4}, {"processes": 2, "shard": True}),
+        ("ppo_finetune", {}, {}),
+        ("ppo_finetune", UNEVEN, {"processes": 3, "shard": True}),
     ],
-    ids=["sft-then-whole", "reward-model-with-adapters", "dpo"],
+    ids=["sft-then-whole", "reward-model-with-adapters", "dpo", "ppo-then-whole", "ppo-of-uneven-passes"],
 )
 def test_layers_divided_over_the_processes_learn_the_same(
     stage: str, options: dict[str, Any], then: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path
@@ -82,6 +88,26 @@ def test_layers_divided_over_the_processes_learn_the_same(
     assert "continuing after" in done.stderr
     whole = run(stage, root + "-not", inputs, checkpoint_seconds=3600, **options) if options else None
     assert_learned_alike(done, whole.outputs if whole else undisturbed.outputs[stage], tmp_path)
+
+
+def test_divided_layers_play_all_roles_on_one_base(services: LocalServices, tmp_path: Path) -> None:
+    """PPO with adapters on the last of two layers: the lower one is the trunk, and both are divided.
+
+    One process has two prompts and the other one; in each step one of them has no row; answers end at different lengths.
+    """
+    root = "s3://rankloop/divided-roles"
+    snapshot = publish_snapshot(root)
+    sft = run("train_sft", root, snapshot, layers=2, epochs=8).outputs
+    adapters = {"lora_rank": 2, "lora_layers": 1}
+    scorers = run("train_reward_model", root, {**snapshot, **sft}, ensemble_members=2, **adapters).outputs
+    inputs = {**snapshot, "sft_uri": sft["policy_uri"], **scorers}
+    options = {**adapters, "updates": 8, "batch_prompts": 3, "minibatches": 3, "max_new_tokens": 32}
+    options |= {"activation_checkpointing": True, "checkpoint_seconds": 3600}
+    alone = run("ppo_finetune", root, inputs, **options)
+    divided = run("ppo_finetune", root + "-2", inputs, **options, processes=2, shard=True)
+    assert_learned_alike(divided, alone.outputs, tmp_path)
+    ended = [row["eos_fraction"] for row in contents(divided.uri)["training.jsonl"]]
+    assert any(0 < each < 1 for each in ended), "or no process ever waited for another one's rollout"
 
 
 @pytest.mark.parametrize("stage", ["train_reward_model", "ppo_finetune"])
@@ -127,6 +153,18 @@ def test_line_37_another_engine_has_the_right_weights_after_a_kill(undisturbed: 
     assert "continuing after" in resumed.stderr
     assert contents(resumed.uri) == contents(once.uri)
     assert contents(once.uri)["model.safetensors"] != contents(undisturbed.uri(stage))["model.safetensors"]
+
+
+def test_another_engine_gets_whole_weights_of_divided_layers(undisturbed: Undisturbed, other_engine: dict[str, Any]) -> None:
+    """After the first step rounding makes other bytes of the weights, and so other draws."""
+    inputs, options = undisturbed.inputs["ppo_finetune"], {**other_engine, "updates": 1, "processes": 2}
+    keys = ("reward", "judge_reward", "completion_tokens", "policy_loss", "value_loss", "gradient_norm")
+    rows = []
+    for shard in (True, False):
+        ended = run("ppo_finetune", f"s3://rankloop/divided-other-engine-{shard}", inputs, shard=shard, **options)
+        row = contents(ended.uri)["training.jsonl"][0]
+        rows.append({key: row[key] for key in keys})
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize(

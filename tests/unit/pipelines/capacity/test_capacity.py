@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from components.rlhf.memory import Share, cache_bytes
+from components.rlhf.memory import Share, cache_bytes, sharding_shares
 from components.services.exits import DoNotRetry
 from pipelines.capacity.gpus import GPUS, TRAINING, decode_seconds, efficiency, efficiency_is_measured, gpu
 from pipelines.capacity.placing import place
@@ -114,20 +114,21 @@ def test_a_step_of_decoding_takes_what_an_h100_took(name: str, rows: int, tokens
     assert decode_seconds(GPUS["H100"], shape.layers, 2 * shape.parameters, cache, groups) == pytest.approx(seconds, rel=0.1)
 
 
-def _need(size: int, divisible: int = 0) -> Need:
-    """A stage whose memory is half weights, and half micro-batch of 100 tokens."""
+def _need(size: int, can_shard: bool) -> Need:
+    """A stage whose memory is half weights, which may be divided, and half micro-batch of 100 tokens."""
 
     def shares(micro: int, processes: int) -> list[Share]:
-        return [Share("model", "weights", size // 2), Share("step", "activations", size // 2 * micro // 100)]
+        found = [Share("model", "weights", size // 2), Share("step", "activations", size // 2 * micro // 100)]
+        return [*found, *sharding_shares(size // 2, size // 10, processes)] if can_shard and processes > 1 else found
 
-    return Need("train_sft", shares, 100, 10, divisible, [Job("train", TRAINING, 10**18, 10**6)])
+    return Need("train_sft", shares, 100, 10, can_shard, [Job("train", TRAINING, 10**18, 10**6)])
 
 
 def test_a_stage_gets_the_smallest_gpu_then_smaller_micro_batches_then_several() -> None:
     config = llama_config(TINY, 128)
 
-    def placed(size: float, names: list[str], divisible: float = 0) -> tuple[str, int, int, bool]:
-        found = place(_need(int(size), int(divisible)), names, config, 10**9, 2)
+    def placed(size: float, names: list[str], can_shard: bool = False) -> tuple[str, int, int, bool]:
+        found = place(_need(int(size), can_shard), names, config, 10**9, 2)
         return found.gpu, found.gpus, found.micro_batch_tokens, found.sharded
 
     assert placed(20e9, ["H100", "L4"]) == ("L4", 1, 100, False)
@@ -135,8 +136,7 @@ def test_a_stage_gets_the_smallest_gpu_then_smaller_micro_batches_then_several()
     assert placed(100e9, ["H100", "L4"]) == ("H100", 1, 50, False), "less in one micro-batch before more GPUs"
     assert placed(200e9, ["H100"]) == ("", 0, 25, False)
     # Weights of 100e9, of which two GPUs hold a half each, and two of ten layers put together.
-    config.num_hidden_layers = 10
-    assert placed(200e9, ["H100"], 100e9) == ("H100", 4, 25, True)
+    assert placed(200e9, ["H100"], can_shard=True) == ("H100", 4, 25, True)
 
 
 def test_prompts_that_do_not_fit_the_context_are_refused() -> None:
