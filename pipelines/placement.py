@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from kfp.dsl import PipelineTask
 
 from components.images import TRAIN
-from components.services.final_failure import NODE_VARIABLE, RUN_VARIABLE
+from components.services.attempts import NODE_VARIABLE, RUN_VARIABLE, WAITS_VARIABLE
 from components.services.stop import PID_VARIABLE
 from components.services.train_job import RESOURCES_VARIABLE
-from pipelines.resources import Resources, Row, Source
+from pipelines.resources import KFP_WAIT_SECONDS, Resources, Row, Source
 
 TMP_SIZE = "1Gi"
 PID_FILE = "/tmp/rankloop-stage.pid"
@@ -66,7 +66,7 @@ def _place(task: PipelineTask, resources: Resources, gpus: Gpus) -> PipelineTask
     task.set_memory_request(row.memory).set_memory_limit(row.memory)
     # Argo ends the retries, and the attempt under way, when this longest time since the first attempt's start is over. KFP's
     # default is an hour: a stage that was pre-empted in its second hour would not be tried again.
-    task.set_retry(row.retries, f"{row.retry_wait_seconds}s", row.retry_wait_factor, f"{row.longest_seconds}s")
+    task.set_retry(row.retries, f"{KFP_WAIT_SECONDS}s", 1.0, f"{row.longest_seconds}s")
     kubernetes.set_timeout(task, row.timeout_seconds)
     _place_on_nodes(task, stage, row, resources, gpus)
     _mount(task, row)
@@ -84,10 +84,13 @@ def _place(task: PipelineTask, resources: Resources, gpus: Gpus) -> PipelineTask
 
 def environment_of(stage: str, row: Row, image: str = TRAIN) -> dict[str, str]:
     """The variables that have their values in the graph."""
+    found = dict(ENVIRONMENT)
+    if row.retries:
+        found[WAITS_VARIABLE] = " ".join(map(str, row.retry_waits))
     if stage not in TRAINED_ON_NODES:
-        return ENVIRONMENT
+        return found
     node = json.dumps({"cpu": row.cpu, "memory": row.memory})  # the pods of its TrainJob are like its own
-    return {**ENVIRONMENT, "RANKLOOP_TRAIN_IMAGE": image, RESOURCES_VARIABLE: node}
+    return {**found, "RANKLOOP_TRAIN_IMAGE": image, RESOURCES_VARIABLE: node}
 
 
 def _place_on_nodes(task: PipelineTask, stage: str, row: Row, resources: Resources, gpus: Gpus) -> None:

@@ -20,6 +20,7 @@ from pipelines.yaml_file import read_yaml
 
 TABLE = Path(__file__).with_name("resources.yaml")
 PROFILES = ("gpu", "lean")
+KFP_WAIT_SECONDS = 5  # before each retry, whatever the failure: the rest of the wait is the stage's (`services.attempts`)
 Pool = Literal["small", "large"]
 
 _UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -75,7 +76,7 @@ class Row(Settings):
     retries: int = Field(ge=0, le=10)
     """Attempts after the first one."""
     retry_wait_seconds: int = Field(ge=0)
-    """Wait before the first retry, in seconds."""
+    """Wait before the first retry, in seconds; not after what no retry can help, and not after a pre-emption."""
     retry_wait_factor: float = Field(ge=1, le=4, allow_inf_nan=False)
     """Each further wait is this many times as long."""
     priority_class: Name
@@ -94,10 +95,14 @@ class Row(Settings):
         return self
 
     @property
+    def retry_waits(self) -> list[int]:
+        """The wait before each retry, in seconds: the last part of the attempt before it."""
+        return [round(self.retry_wait_seconds * self.retry_wait_factor**i) for i in range(self.retries)]
+
+    @property
     def longest_seconds(self) -> int:
-        """All attempts and the waits between them. Argo counts a stage's own work into the longest time of its retries, too."""
-        waits = sum(self.retry_wait_seconds * self.retry_wait_factor**i for i in range(self.retries))
-        return (self.retries + 1) * self.timeout_seconds + int(waits) + 1
+        """All attempts and KFP's waits between them. Argo counts a stage's own work into the longest time of its retries, too."""
+        return (self.retries + 1) * self.timeout_seconds + self.retries * KFP_WAIT_SECONDS
 
 
 class Source(Settings):

@@ -10,33 +10,15 @@ Without `RANKLOOP_RUN_ID`, that is outside of a cluster, there are no retries an
 from __future__ import annotations
 
 import logging
-import os
 import re
 
+from components.services.attempts import is_retry, pipeline_run
 from components.services.exits import DoNotRetry, StageFailure
 from components.services.storage import Storage, join
 
-RUN_VARIABLE = "RANKLOOP_RUN_ID"  # the pipeline run's id: the pod's label pipeline/runid
-NODE_VARIABLE = "RANKLOOP_NODE_NAME"  # Argo's name of the pod's node, from its annotation; it ends in "(1)" on the first retry
 FOLDER = "final-failures"
 
 _log = logging.getLogger(__name__)
-
-
-def pipeline_run() -> str:
-    """What names the pipeline run: its id, or the name of Argo's workflow; "" outside of a cluster."""
-    return os.environ.get(RUN_VARIABLE, "") or os.environ.get(NODE_VARIABLE, "").partition(".")[0]
-
-
-def is_retry() -> bool:
-    """Whether Argo made this pod because an attempt before it failed.
-
-    A person who has the whole run tried again, after mending what was wrong, gets first attempts. Where Argo's name of the pod is
-    not known, it counts as a retry.
-    """
-    name = os.environ.get(NODE_VARIABLE, "")
-    attempt = re.search(r"\((\d+)\)$", name)
-    return int(attempt[1]) > 0 if attempt else not name
 
 
 class FinalFailure:

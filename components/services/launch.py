@@ -35,7 +35,8 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from components.services.exits import EXIT_DO_NOT_RETRY, DoNotRetry, Retry, StageFailure, code_and_message
+from components.services.attempts import wait_before_retry
+from components.services.exits import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED, DoNotRetry, Retry, StageFailure, code_and_message
 from components.services.final_failure import FinalFailure
 from components.services.progress import Progress
 from components.services.run_tree import join_run_tree
@@ -206,9 +207,12 @@ class Context:
         done = "; its checkpoint is saved" if saved else ""
         raise Retry(f"{self.stage} was asked to stop (SIGTERM){done}", "run again to continue")
 
+    told_to_stop = False
+    """Whether a signal has asked for the end."""
     _interrupted = False
 
     def on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        self.told_to_stop = True
         # Should this exception be lost, or a read begin just after the signal, it is raised again every second.
         if number != signal.SIGALRM:
             self._interrupted = number == signal.SIGINT
@@ -351,6 +355,8 @@ def _fail(stage: str, error: BaseException, context: Context | None, progress: P
         TERMINATION_LOG.write_text(record[:4096], encoding="utf-8")
     progress.event("failed", exit_code=code, message=message)
     print(f"{stage} failed: {message}", file=sys.stderr, flush=True)
+    if code not in (EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED) and not (context and context.told_to_stop):
+        wait_before_retry()
     sys.exit(code)
 
 

@@ -19,7 +19,7 @@ import re
 import uuid
 from typing import TYPE_CHECKING
 
-from components.services.final_failure import pipeline_run
+from components.services.attempts import pipeline_run
 from components.services.storage import Storage, join
 from components.services.tracking import ADOPTED_VARIABLE, PARENT_VARIABLE, client, experiment_id, mlflow_errors
 

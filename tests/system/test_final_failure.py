@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from components.services.attempts import NODE_VARIABLE, RUN_VARIABLE, WAITS_VARIABLE, is_retry, pipeline_run, wait_before_retry
 from components.services.exits import DoNotRetry
-from components.services.final_failure import FOLDER, NODE_VARIABLE, RUN_VARIABLE, FinalFailure, is_retry, pipeline_run
+from components.services.final_failure import FOLDER, FinalFailure
 from components.services.storage import Storage, join
 from components.services.tracking import PARENT_VARIABLE
 from pipelines.local_services import LocalServices, free_ports
@@ -88,6 +92,45 @@ def test_a_failure_that_a_retry_can_help_leaves_nothing(variables: dict[str, str
     assert first.code == 75, first.message
     assert first.imported_the_stage
     assert list(Storage().list(join(services.storage_root, FOLDER, variables[RUN_VARIABLE]))) == []
+
+
+def test_what_a_retry_can_help_waits_before_it_ends_but_for_the_last_attempt(
+    variables: dict[str, str], services: LocalServices, tmp_path: Path
+) -> None:
+    """What fails for good does not wait, and neither does what was told to stop."""
+    given = {each["name"]: each["value"] for each in compiled("sharded_ingest", "gpu").executors()["exec-merge-shards"]["env"]}
+    assert given[WAITS_VARIABLE] == "15 30 60"
+    variables = {**variables, WAITS_VARIABLE: "0 20"}
+    away = {**variables, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_ports(1)[0]}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    inputs = asked(f"{services.storage_root}/{uuid.uuid4().hex}")
+
+    def seconds(number: int, variables: dict[str, str]) -> float:
+        started = time.monotonic()
+        attempt(number, variables, inputs, tmp_path)
+        return time.monotonic() - started
+
+    started, waited, last = (seconds(number, away) for number in range(3))
+    assert waited > 20
+    assert max(started, last) < 20
+    assert seconds(1, variables) < 20, "there is nothing to merge: a failure for good"
+
+
+def test_a_signal_ends_the_wait_before_a_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NODE_VARIABLE, "rlhf-x7k2p.root.train-sft.executor(0)")
+    monkeypatch.setenv(WAITS_VARIABLE, "60")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in handlers:
+        signal.signal(number, signal.SIG_IGN)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    started = time.monotonic()
+    try:
+        wait_before_retry()
+    finally:
+        timer.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert 0.2 <= time.monotonic() - started < 30
 
 
 def test_wrong_settings_are_final_too(variables: dict[str, str], services: LocalServices, tmp_path: Path) -> None:

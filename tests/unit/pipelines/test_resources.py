@@ -113,14 +113,14 @@ def test_a_stage_without_a_row_is_named() -> None:
 
 
 @given(st.integers(0, 10), st.integers(60, 10**6), st.integers(0, 3600), st.floats(1, 4, allow_nan=False))
-def test_the_longest_time_holds_every_attempt_and_every_wait(retries: int, timeout: int, wait: int, factor: float) -> None:
+def test_the_longest_time_holds_every_attempt_and_the_waits_grow(retries: int, timeout: int, wait: int, factor: float) -> None:
+    """A stage's own wait is a part of its attempt, and so of its time."""
     changes = {"retries": retries, "timeout_seconds": timeout, "retry_wait_seconds": wait, "retry_wait_factor": factor}
     row = Row.model_validate({**load_row(), **changes})
-    passed, pause = 0.0, float(wait)
-    for _ in range(retries):
-        passed += timeout + pause
-        pause *= factor
-    assert passed + timeout <= row.longest_seconds <= passed + timeout + 1
+    assert row.longest_seconds == (retries + 1) * timeout + 5 * retries
+    assert row.retry_waits[:2] == [wait, round(wait * factor)][:retries]
+    assert len(row.retry_waits) == retries
+    assert row.retry_waits == sorted(row.retry_waits)
 
 
 def load_row() -> dict[str, Any]:

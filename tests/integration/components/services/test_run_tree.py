@@ -19,8 +19,8 @@ import pytest
 from mlflow.entities import Metric, Param, Run
 
 from components.close_run import stage as close_run
+from components.services.attempts import NODE_VARIABLE, RUN_VARIABLE
 from components.services.exits import Retry
-from components.services.final_failure import NODE_VARIABLE, RUN_VARIABLE
 from components.services.launch import launch
 from components.services.run_tree import PARENT_TAG, RUN_TAG, _parent_of, join_run_tree
 from components.services.storage import Storage
