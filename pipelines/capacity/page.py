@@ -46,7 +46,7 @@ def notes_of(plan: Plan) -> list[str]:
         " extrapolated: another GPU at the same share of its data sheet's rate, another size, or several without the time of"
         " their messages.",
         "Decoding is the torch sampler's. vLLM's time was not measured: it is what reading weights and cache once takes.",
-        "With sharding it was 6 to 9 % below the peaks of PPO in two CPU processes (60 M parameters, all weights and adapters)."
+        "With sharding it was within 6 % of the peaks of PPO in two CPU processes (60 M parameters, all weights and adapters)."
         " The evaluation's memory (two models and a cache) was not compared with a peak.",
     ]
 
