@@ -85,7 +85,7 @@ def plan(knobs: Knobs, sft: Path, scorers: Sequence[Path], prompt_tokens: Sequen
 def update_shares(
     knobs: Knobs, config: PretrainedConfig, scorers: Sequence[Scorer], prompt_tokens: int, file_bytes: int, kind: str
 ) -> list[Share]:
-    """The shares of every role on a `kind` of device, one of as many as there are processes, and of the phase that takes most.
+    """The shares, in bytes of one process, of every role on a `kind` of device and of the phase that takes most.
 
     Args:
         scorers: the reward model's members and, last, the judge.
@@ -95,7 +95,8 @@ def update_shares(
     model = shape_only(config, knobs.precision, kind)
     base = weights_bytes(model)
     processes = knobs.processes * knobs.nodes
-    divided = weights_bytes(transformer_layers(model.base_model)[1]) if knobs.shard and processes > 1 else 0  # of one model
+    shards = processes if knobs.shard else 1
+    layers_bytes = weights_bytes(transformer_layers(model.base_model)[1]) if shards > 1 else 0  # of one model
     role = shape_role(model, knobs.lora_rank, knobs.lora_layers)
     trained = sum(parameter.numel() for parameter in role.trainable) * FLOAT_BYTES
     tokens = prompt_tokens + knobs.max_new_tokens
@@ -109,9 +110,8 @@ def update_shares(
         shares += [Share("reference", f"the base that all share, {knobs.precision}", base), Share("policy", "adapter", trained)]
         shapes = [AdapterShape(knobs.lora_rank, 0, knobs.lora_layers), *(each.shape for each in scorers if each.shape)]
         if trunk_layers(config.num_hidden_layers, shapes):
-            hidden = (
-                knobs.batch_prompts * knobs.samples_per_prompt * tokens * config.hidden_size * dtype_of(knobs.precision).itemsize
-            )
+            rows = knobs.batch_prompts * knobs.samples_per_prompt  # each process has room for those of all
+            hidden = rows * tokens * config.hidden_size * dtype_of(knobs.precision).itemsize
             shares.append(Share("trunk", "what lies below the adapters, of every token", hidden))
     else:
         head = model.get_output_embeddings().weight
@@ -134,11 +134,11 @@ def update_shares(
     backward = pass_bytes(role, passes, kind, predicted=knobs.max_new_tokens)
     gradient = max(trained, value_trained)  # of one role at a time
     layers = config.num_hidden_layers
-    if divided and knobs.lora_rank:  # of all roles only the base
-        shares += sharding_shares(divided, 2 * divided // layers, processes)
-    elif divided:  # policy and value with two moments each, the best policy, the reference and the scorers
-        shares += sharding_shares((8 + len(scorers)) * divided, 4 * divided // layers, processes)
-        gradient -= divided * (processes - 1) // processes
+    if shards > 1 and knobs.lora_rank:  # of all roles only the base
+        shares += sharding_shares(layers_bytes, 2 * layers_bytes // layers, shards)
+    elif shards > 1:  # policy and value with two moments each, the best policy, the reference and the scorers
+        shares += sharding_shares((8 + len(scorers)) * layers_bytes, 4 * layers_bytes // layers, shards)  # with gradients
+        gradient -= layers_bytes * (shards - 1) // shards
     backward += gradient
     prefill = cache_bytes(config, knobs.precision, prompts, prompt_tokens) * (layers + 1) // layers
     prefill_rows = min(prompts, max(1, PREFILL_MICRO_BATCHES * knobs.micro_batch_tokens // prompt_tokens))

@@ -105,6 +105,7 @@ def load_roles(
     place = torch.device("cpu") if shard else None  # from there its layers go to the device one by one
 
     def alone(role: Role) -> Role:
+        """A role with a model of its own; divided before the next is read, so that the host holds one whole model at a time."""
         if shard:
             divide_layers([role], device())
         return role

@@ -109,8 +109,8 @@ def look_at(knobs: Knobs, roles: Roles, completions: list[Completion]) -> Experi
     closed = right_pad(prompts, ends, pad_id).to(device)  # the text that is scored ends with EOS
     batch = right_pad(prompts, answers, pad_id).to(device)
 
-    def micro_rows(batch: Batch) -> list[MicroBatch]:
-        return _micro_rows(batch, range(len(completions)), knobs.micro_batch_tokens, roles.divided)
+    def micro_rows(padded: Batch) -> list[MicroBatch]:
+        return _micro_rows(padded, range(len(completions)), knobs.micro_batch_tokens, roles.divided)
 
     if roles.trunk is not None:
         trunk = roles.trunk

@@ -258,15 +258,16 @@ def device_shares(kind: str) -> list[Share]:
 
 
 def sharding_shares(divided: int, together: int, processes: int) -> list[Share]:
-    """What changes where layers are divided over several processes (`rlhf.sharding`).
+    """What one process saves, and what it holds for a while, where layers are divided (Rajbhandari 2020, "ZeRO", stage 3).
 
     Args:
         divided: bytes of all that is divided: weights, gradients and moments of the layers.
-        together: bytes of what is whole while a layer computes.
+        together: bytes of the layers that are whole at one time: one that computes, and one that is fetched or given back.
+        processes: over which they are divided, 2 or more.
     """
     return [
         Share("sharding", f"layers on the other {processes - 1}", -divided * (processes - 1) // processes),
-        Share("sharding", "two layers that are put together", together),
+        Share("sharding", "layers that are put together for a pass", together),
     ]
 
 

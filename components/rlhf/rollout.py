@@ -79,7 +79,7 @@ def sample_tokens(
     def forward(cache: DynamicCache, inputs_BT: Tensor, attention_BT: Tensor, positions_BT: Tensor) -> Tensor:
         """Hidden states [B, D] of the last tokens."""
         if role.divided:
-            any_of(True)  # the others may have none to compute
+            any_of(True)  # calls those that have ended to take part in this pass
         hidden_BTD: Tensor = role.backbone(
             input_ids=inputs_BT,
             attention_mask=attention_BT,

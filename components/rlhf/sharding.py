@@ -69,7 +69,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     kinds = [[g for g in gradients if isinstance(g, DTensor) == kind] for kind in (True, False)]
     norms = [nn.utils.get_total_norm(each, foreach=False) for each in kinds if each]
-    norm = torch.stack([each.full_tensor() if isinstance(each, DTensor) else each for each in norms]).norm()
+    norm = torch.stack([put_together(each) for each in norms]).norm()
     nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=False)
     return norm
 
@@ -82,7 +82,7 @@ def whole(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: whole(each) for key, each in value.items()}
     if isinstance(value, DTensor):
-        together = value.full_tensor()
+        together = put_together(value)
         return together.cpu() if rank() == 0 else value
     return value
 

@@ -1,7 +1,7 @@
 """Which of a pipeline run's attempts at its work a pod is, and the wait before the next one.
 
 KFP 2.17 retries a task after any failure, with the same waits: they would hold up the end of a run that no retry can help. So KFP
-is told to wait a few seconds, and an attempt that failed for a while waits itself before it ends.
+is told to wait a few seconds, and an attempt whose failure may pass waits itself before it ends.
 """
 
 from __future__ import annotations
@@ -41,15 +41,14 @@ def wait_before_retry() -> None:
     waits, number = os.environ.get(WAITS_VARIABLE, "").split(), _number()
     if number is None or number >= len(waits):
         return
-    _log.info("KFP tries again at once; %s s until then (retry %d of %d)", waits[number], number + 1, len(waits))
-    stops = {signal.SIGTERM, signal.SIGINT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
-    for each in stops:
-        signal.signal(each, signal.SIG_DFL)  # one that is ignored might not end the wait
+    _log.info("waiting %s s: KFP tries again at once (retry %d of %d)", waits[number], number + 1, len(waits))
+    stops = (signal.SIGTERM, signal.SIGINT)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    handlers = [signal.signal(each, signal.SIG_DFL) for each in stops]  # one that is ignored might not end the wait
     signal.sigtimedwait(stops, float(waits[number]))
-    for each in stops:
-        signal.signal(each, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for each, handler in zip(stops, handlers, strict=True):
+        signal.signal(each, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _number() -> int | None:

@@ -42,6 +42,7 @@ from components.services.progress import Progress
 from components.services.run_tree import join_run_tree
 from components.services.stop import announce, withdraw
 from components.services.storage import MARKER, Storage, join
+from components.services.torch_environment import set_caches, set_waiting
 from components.services.tracking import Tracker
 
 STORAGE_VARIABLE = "RANKLOOP_STORAGE"  # s3://bucket[/prefix] below which every artifact lies
@@ -241,8 +242,8 @@ def launch(
         html: KFP `HTML` artifact that receives the stage's report (the first one), or None.
         pages: KFP `HTML` artifacts for further reports, by the names of their files.
     """
-    _set_waiting()
-    _set_caches()
+    set_waiting()
+    set_caches()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     progress = Progress(stage)
     scratch = Path(tempfile.mkdtemp(prefix=f"rankloop-{stage}-"))
@@ -308,29 +309,6 @@ def _run(module: types.ModuleType, config: Settings, inputs: Settings, context: 
     return run_together(module, config, inputs, context)
 
 
-def _set_caches() -> None:
-    """Keeps torch from holding on to a compiled kernel for every shape that ever came. Takes effect before torch is imported.
-
-    On a CPU both caches hold 1024 by default, and in a rollout each step has shapes of its own: PPO on SmolLM2 in bfloat16, planned
-    with 1.7 GiB, reached 2.9 in 32 updates. Six small updates took it from 0.78 to 1.06 GiB with the defaults, to 0.91 with 32
-    kernels of oneDNN's, and left it at 0.78 with 16 of torch's own besides.
-    """
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-
-
-def _set_waiting() -> None:
-    """Lets OpenMP's threads spin briefly before they sleep. Takes effect before torch is imported.
-
-    In turn on two cores, steps of a reward model of 0.8 M parameters on two threads: alone, GNU's default of 300 000 turns,
-    100 000 and 10 000 cannot be told apart (2.6 to 3.1 s for 36 steps). Beside another process of two threads, 12 steps took 3 to
-    34 s with the default, 2 to 22 s with 100 000 and 2 to 4 s with 10 000: threads that spin for each other take the core away
-    from the one that is waited for.
-    """
-    if not os.environ.get("OMP_WAIT_POLICY"):
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
 def _fail(stage: str, error: BaseException, context: Context | None, progress: Progress, final: FinalFailure) -> NoReturn:
     """Records why the stage failed wherever somebody may look, and exits."""
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -362,8 +340,8 @@ def _fail(stage: str, error: BaseException, context: Context | None, progress: P
 
 def main(stage: str) -> None:
     """The command line of `python -m components.<stage>`: one option per field of `Inputs` and `Config`."""
-    _set_waiting()
-    _set_caches()
+    set_waiting()
+    set_caches()
     module = importlib.import_module(f"components.{stage}.stage")
     parser = argparse.ArgumentParser(
         prog=f"python -m components.{stage}",

@@ -22,6 +22,7 @@ from components.services.storage import Storage, join
 from components.services.tracking import PARENT_VARIABLE
 from pipelines.local_services import LocalServices, free_ports
 from tests.cluster_graphs import compiled
+from tests.stage_processes import StageProcess, publish_snapshot
 
 REPOSITORY = Path(__file__).parents[2]
 IMPORTED_BY_THE_STAGE = "components.ingest_rankings.snapshot"
@@ -98,7 +99,7 @@ def test_a_failure_that_a_retry_can_help_leaves_nothing(variables: dict[str, str
 def test_what_a_retry_can_help_waits_before_it_ends_but_for_the_last_attempt(
     variables: dict[str, str], services: LocalServices, tmp_path: Path
 ) -> None:
-    """What fails for good does not wait, and neither does what was told to stop."""
+    """What fails for good does not wait."""
     given = {each["name"]: each["value"] for each in compiled("sharded_ingest", "gpu").executors()["exec-merge-shards"]["env"]}
     assert given[WAITS_VARIABLE] == "15 30 60"
     variables = {**variables, WAITS_VARIABLE: "1 2"}
@@ -107,6 +108,19 @@ def test_what_a_retry_can_help_waits_before_it_ends_but_for_the_last_attempt(
     assert [attempt(number, away, inputs, tmp_path).waited for number in range(3)] == [True, True, False]
     final = attempt(1, variables, inputs, tmp_path)  # there is nothing to merge
     assert (final.code, final.waited) == (65, False)
+
+
+def test_a_stage_that_was_told_to_stop_does_not_wait(services: LocalServices, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pre-empted attempt has no time for it, and the next one need not wait for a service."""
+    monkeypatch.setenv(NODE_VARIABLE, f"{uuid.uuid4().hex}.root.train-sft.executor(0)")
+    monkeypatch.setenv(WAITS_VARIABLE, "60")
+    root = f"{services.storage_root}/{uuid.uuid4().hex}"
+    process = StageProcess("train_sft", root, publish_snapshot(root))
+    process.signal_after(3, signal.SIGTERM)
+    ended = process.ended()
+    assert ended.returncode == 75, ended.stderr
+    assert "was asked to stop (SIGTERM)" in ended.stderr
+    assert "KFP tries again at once" not in ended.stderr
 
 
 @pytest.mark.parametrize(("attempt", "seconds"), [(0, 0.5), (1, 60)])
