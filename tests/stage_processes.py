@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from safetensors.torch import load_file
 from components.rlhf.records import SCHEMA
 from components.services import processes, progress
 from components.services.job import Job
-from components.services.launch import main
+from components.services.launch import Context, main
+from components.services.progress import Progress
 from components.services.storage import FILES, MARKER, Storage
 from components.services.tracking import client
 from components.simulated_world.generate import simulate_rankings
@@ -38,6 +40,7 @@ OPTIONS = {
     "dpo_finetune": {"batch_rankings": 4},
 }
 RUN_SECONDS = 300
+GO_ON = "go-on"  # the file that ends a pause
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
@@ -79,17 +82,22 @@ class StageProcess:
     Args:
         root: the S3 URI below which it publishes.
         options: of its command line, on top of `OPTIONS`.
+        pause_after: so many steps are shown, and then the stage (of several processes the first) waits for `signal` or
+            `go_on`; 0: it never does.
         forked: with several `processes` these are forked, too, where torchrun would start them.
     """
 
-    def __init__(self, stage: str, root: str, inputs: dict[str, str], *, forked: bool = True, **options: Any) -> None:
+    def __init__(
+        self, stage: str, root: str, inputs: dict[str, str], *, pause_after: int = 0, forked: bool = True, **options: Any
+    ) -> None:
         values = {"threads": 1, "checkpoint_seconds": 0, **OPTIONS[stage], **options, **inputs}
         arguments = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
         self._folder = tempfile.TemporaryDirectory()
         self._events = Path(self._folder.name) / "events"
         environment = {**os.environ, "RANKLOOP_STORAGE": root, progress.EVENTS_VARIABLE: str(self._events)}
+        self._pause_after = pause_after
         self._process: ForkServerProcess = _forks.Process(
-            target=_run, args=(stage, arguments, environment, self._folder.name, forked), daemon=True
+            target=_run, args=(stage, arguments, environment, self._folder.name, pause_after, forked), daemon=True
         )
         self._process.start()
 
@@ -99,13 +107,20 @@ class StageProcess:
         shown = [json.loads(line) for line in lines if line.endswith("}")]
         return [(each["what"], each["done"]) for each in shown if each["event"] == "progress"]
 
-    def signal_after(self, steps: int, number: int, more_seconds: float = 0.0) -> None:
-        """Sends a signal as soon as this process has shown that many steps, or some time later; not if it has ended."""
+    def wait_for(self, steps: int = 0) -> None:
+        """Returns as soon as this process has shown that many steps (where it pauses, if 0), or has ended."""
         deadline = time.monotonic() + RUN_SECONDS
-        while len(self.steps()) < steps and self._process.is_alive():
+        while len(self.steps()) < (steps or self._pause_after) and self._process.is_alive():
             assert time.monotonic() < deadline, "it never came so far"
             time.sleep(0.002)
-        time.sleep(more_seconds)
+
+    def go_on(self) -> None:
+        """Ends the pause."""
+        Path(self._folder.name, GO_ON).touch()
+
+    def signal(self, number: int) -> None:
+        """Sends a signal as soon as it pauses, which ends the pause, too; not if the process has ended."""
+        self.wait_for()
         if self._process.is_alive() and self._process.pid:
             os.kill(self._process.pid, number)
 
@@ -119,7 +134,7 @@ class StageProcess:
         return Ended(code, *written)
 
 
-def _run(stage: str, arguments: list[str], environment: dict[str, str], folder: str, forked: bool) -> None:
+def _run(stage: str, arguments: list[str], environment: dict[str, str], folder: str, pause_after: int, forked: bool) -> None:
     """What the forked process does."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
@@ -130,7 +145,32 @@ def _run(stage: str, arguments: list[str], environment: dict[str, str], folder: 
     sys.argv = [stage, *arguments]
     if forked:
         processes.Node = ForkedNode  # type: ignore[assignment, misc]
+    if pause_after:
+        _pause_after(pause_after, Path(folder, GO_ON))
     main(stage)
+
+
+def _pause_after(steps: int, go_on: Path) -> None:
+    """Lets this process, and those that it forks, wait after so many steps until that file is there or a signal comes."""
+    show, on_signal = Progress.event, Context.on_signal
+    shown = 0
+    told = False
+
+    def show_and_wait(self: Progress, event: str, **fields: Any) -> None:
+        nonlocal shown
+        show(self, event, **fields)
+        if event == "progress" and os.environ[progress.EVENTS_VARIABLE] != os.devnull:  # the others wait for the first as it is
+            shown += 1
+            while shown == steps and not told and not go_on.exists():
+                time.sleep(0.002)
+
+    def note_signal(self: Context, number: int, frame: types.FrameType | None) -> None:
+        nonlocal told
+        told = True
+        on_signal(self, number, frame)
+
+    Progress.event = show_and_wait  # type: ignore[method-assign]
+    Context.on_signal = note_signal  # type: ignore[method-assign]
 
 
 class ForkedNode:

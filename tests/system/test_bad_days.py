@@ -46,22 +46,16 @@ def mlflow(services: LocalServices, monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield proxy
 
 
-def wait_for(process: StageProcess, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(process.steps()) < steps:
-        assert time.monotonic() < deadline, "it never came so far"
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize(("fault", "stage"), zip(("503", "down", "cut", "slow"), OPTIONS, strict=True))
 def test_a_store_that_fails_for_a_moment_changes_nothing(
     fault: str, stage: str, store: FaultyProxy, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = f"s3://rankloop/bad-days/{fault}-{stage}"
-    process = StageProcess(stage, root, undisturbed.inputs[stage])
+    process = StageProcess(stage, root, undisturbed.inputs[stage], pause_after=2)
     store.cut_bytes = 100
-    wait_for(process, 2)
+    process.wait_for()
     store.misbehave(fault, times=2)
+    process.go_on()
     ended = process.ended()
     assert store.met > 0
     assert ended.returncode == 0, ended.stderr
@@ -73,9 +67,10 @@ def test_a_store_that_stays_away_is_a_failure_to_retry_that_goes_on_from_the_che
     store: FaultyProxy, undisturbed: Undisturbed
 ) -> None:
     root = "s3://rankloop/bad-days/away"
-    process = StageProcess("ppo_finetune", root, undisturbed.inputs["ppo_finetune"])
-    wait_for(process, 6)
+    process = StageProcess("ppo_finetune", root, undisturbed.inputs["ppo_finetune"], pause_after=6)
+    process.wait_for()
     store.misbehave("down")
+    process.go_on()
     ended = process.ended()
     assert ended.returncode == EXIT_RETRY, ended.stderr
     assert "the object store cannot be reached for s3://rankloop/bad-days/away/" in ended.stderr
@@ -88,11 +83,12 @@ def test_a_store_that_stays_away_is_a_failure_to_retry_that_goes_on_from_the_che
 
 
 def test_mlflow_away_for_a_minute_stops_no_training_and_loses_no_metric(mlflow: FaultyProxy, undisturbed: Undisturbed) -> None:
-    process = StageProcess("ppo_finetune", "s3://rankloop/bad-days/mlflow", undisturbed.inputs["ppo_finetune"])
-    wait_for(process, 3)
+    process = StageProcess("ppo_finetune", "s3://rankloop/bad-days/mlflow", undisturbed.inputs["ppo_finetune"], pause_after=3)
+    process.wait_for()
     mlflow.misbehave("down")
+    process.go_on()
     away = time.monotonic()
-    wait_for(process, OPTIONS["ppo_finetune"]["updates"])
+    process.wait_for(OPTIONS["ppo_finetune"]["updates"])
     trained_for = time.monotonic() - away
     assert trained_for < OUTAGE_SECONDS / 2, "the training waits for MLflow"
     time.sleep(OUTAGE_SECONDS - trained_for)
@@ -110,9 +106,10 @@ def test_mlflow_that_stays_away_is_a_failure_to_retry_and_the_result_is_kept(
 ) -> None:
     monkeypatch.setenv(PATIENCE_VARIABLE, "3")
     root = "s3://rankloop/bad-days/mlflow-gone"
-    process = StageProcess("train_sft", root, undisturbed.inputs["train_sft"])
-    wait_for(process, 3)
+    process = StageProcess("train_sft", root, undisturbed.inputs["train_sft"], pause_after=3)
+    process.wait_for()
     mlflow.misbehave("down")
+    process.go_on()
     ended = process.ended()
     assert ended.returncode == EXIT_RETRY, ended.stderr
     assert "train_sft failed: MLflow at http://127.0.0.1:" in ended.stderr
@@ -131,7 +128,7 @@ def test_a_database_that_crashes_and_comes_back_loses_no_metric(
     with mlflow_on_postgres(services, folder) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         process = StageProcess("ppo_finetune", "s3://rankloop/bad-days/postgres", undisturbed.inputs["ppo_finetune"])
-        wait_for(process, 4)
+        process.wait_for(4)
         restart_postgres(folder / "postgres")
         ended = process.ended()
         assert ended.returncode == 0, ended.stderr

@@ -115,8 +115,8 @@ def test_a_stage_that_was_told_to_stop_does_not_wait(services: LocalServices, mo
     monkeypatch.setenv(NODE_VARIABLE, f"{uuid.uuid4().hex}.root.train-sft.executor(0)")
     monkeypatch.setenv(WAITS_VARIABLE, "60")
     root = f"{services.storage_root}/{uuid.uuid4().hex}"
-    process = StageProcess("train_sft", root, publish_snapshot(root))
-    process.signal_after(3, signal.SIGTERM)
+    process = StageProcess("train_sft", root, publish_snapshot(root), pause_after=3)
+    process.signal(signal.SIGTERM)
     ended = process.ended()
     assert ended.returncode == 75, ended.stderr
     assert "was asked to stop (SIGTERM)" in ended.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 
 import pytest
 
@@ -31,8 +32,9 @@ def killed_on_its_way(stage: str, root: str, inputs: dict[str, str], rng: random
     steps = 0
     for kills in range(KILLS_PER_RUN):
         process = StageProcess(stage, root, inputs)
-        more = rng.randint(1, max(1, 2 * (STEPS[stage] - steps) // KILLS_PER_RUN))
-        process.signal_after(more, signal.SIGKILL, rng.uniform(0, LATER_SECONDS))
+        process.wait_for(rng.randint(1, max(1, 2 * (STEPS[stage] - steps) // KILLS_PER_RUN)))
+        time.sleep(rng.uniform(0, LATER_SECONDS))
+        process.signal(signal.SIGKILL)
         steps += len(process.steps())
         ended = process.ended()
         if ended.returncode != -signal.SIGKILL:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -69,8 +68,8 @@ def test_the_hook_saves_what_a_training_has_done_and_a_retry_goes_on(
     root = f"s3://rankloop/stopped-{uuid.uuid4().hex}"
     inputs = publish_snapshot(root)
     # Far apart, so that the checkpoint below is the hook's.
-    process = StageProcess("train_sft", root, inputs, checkpoint_seconds=3600)
-    process.signal_after(3, signal.SIG_DFL)  # nothing is sent: it only waits for three steps
+    process = StageProcess("train_sft", root, inputs, pause_after=3, checkpoint_seconds=3600)
+    process.wait_for()
     done = subprocess.run([sys.executable, "-m", "components.services.stop"], env={**os.environ}, check=False)
     ended = process.ended()
     assert done.returncode == 0

@@ -69,7 +69,7 @@ def test_line_26_rewards_and_advantages_are_whitened_over_all_processes(undistur
     [
         ("train_sft", {}, {}),
         ("train_reward_model", {"lora_rank": 2}, {"processes": 2, "shard": True}),
-        ("dpo_finetune", {"epochs": 4}, {"processes": 2, "shard": True}),
+        ("dpo_finetune", {}, {"processes": 2, "shard": True}),
         ("ppo_finetune", {}, {}),
         ("ppo_finetune", UNEVEN, {"processes": 3, "shard": True}),
     ],
@@ -80,8 +80,8 @@ def test_layers_divided_over_the_processes_learn_the_same(
 ) -> None:
     """From a checkpoint that divided layers left, too."""
     root, inputs = f"s3://rankloop/divided-{stage}", undisturbed.inputs[stage]
-    stopped = StageProcess(stage, root, inputs, processes=2, shard=True, checkpoint_seconds=3600, **options)
-    stopped.signal_after(5, signal.SIGTERM)
+    stopped = StageProcess(stage, root, inputs, pause_after=5, processes=2, shard=True, checkpoint_seconds=3600, **options)
+    stopped.signal(signal.SIGTERM)
     ended = stopped.ended()
     assert ended.returncode == 75, ended.stderr
     done = run(stage, root, inputs, checkpoint_seconds=3600, **options, **then)
@@ -113,8 +113,8 @@ def test_divided_layers_play_all_roles_on_one_base(services: LocalServices, tmp_
 @pytest.mark.parametrize("stage", ["train_reward_model", "ppo_finetune"])
 def test_told_to_stop_two_processes_save_once_and_three_go_on(stage: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
     root, inputs = f"s3://rankloop/two-then-three-{stage}", undisturbed.inputs[stage]
-    process = StageProcess(stage, root, inputs, processes=2, checkpoint_seconds=3600)
-    process.signal_after(2, signal.SIGTERM)
+    process = StageProcess(stage, root, inputs, pause_after=2, processes=2, checkpoint_seconds=3600)
+    process.signal(signal.SIGTERM)
     ended = process.ended()
     assert ended.returncode == 75, ended.stderr
     assert "was asked to stop (SIGTERM); its checkpoint is saved" in ended.stderr
@@ -146,8 +146,8 @@ def test_line_37_another_engine_has_the_right_weights_after_a_kill(undisturbed: 
     stage, root, inputs = "ppo_finetune", "s3://rankloop/killed-other-engine", undisturbed.inputs["ppo_finetune"]
     once = run(stage, "s3://rankloop/other-engine", inputs, **other_engine)
     assert "vLLM none: a stand-in of the tests samples, on cpu" in once.stderr
-    process = StageProcess(stage, root, inputs, **other_engine)
-    process.signal_after(3, signal.SIGKILL)
+    process = StageProcess(stage, root, inputs, pause_after=3, **other_engine)
+    process.signal(signal.SIGKILL)
     assert process.ended().returncode == -signal.SIGKILL
     resumed = run(stage, root, inputs, **other_engine)
     assert "continuing after" in resumed.stderr

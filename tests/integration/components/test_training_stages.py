@@ -33,8 +33,8 @@ def undisturbed(services: LocalServices) -> Undisturbed:
 def test_line_37_killed_and_resumed_it_ends_with_the_same_bits(stage: str, undisturbed: Undisturbed) -> None:
     root = f"s3://rankloop/killed-{stage}"
     for steps in (1, 3):
-        process = StageProcess(stage, root, undisturbed.inputs[stage])
-        process.signal_after(steps, signal.SIGKILL)
+        process = StageProcess(stage, root, undisturbed.inputs[stage], pause_after=steps)
+        process.signal(signal.SIGKILL)
         assert process.ended().returncode == -signal.SIGKILL
     assert kinds(root) == {"checkpoints"}, "nothing is published before it is done"
     done = run(stage, root, undisturbed.inputs[stage])
@@ -52,8 +52,8 @@ def test_all_weights_in_bfloat16_learn_resume_and_are_saved_so(stage: str, undis
         options["base_model"] = undisturbed.uri("train_sft")
     inputs = undisturbed.inputs[stage]
     once = run(stage, f"s3://rankloop/once-{stage}", inputs, **options)
-    process = StageProcess(stage, f"s3://rankloop/killed-bfloat16-{stage}", inputs, **options)
-    process.signal_after(3, signal.SIGKILL)
+    process = StageProcess(stage, f"s3://rankloop/killed-bfloat16-{stage}", inputs, pause_after=3, **options)
+    process.signal(signal.SIGKILL)
     assert process.ended().returncode == -signal.SIGKILL
     resumed = run(stage, f"s3://rankloop/killed-bfloat16-{stage}", inputs, **options)
     assert "continuing after" in resumed.stderr
@@ -76,8 +76,8 @@ def test_resumed_under_other_micro_batches_it_ends_with_the_same_weights_but_for
     stage: str, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     root = f"s3://rankloop/other-micro-batches-{stage}"
-    process = StageProcess(stage, root, undisturbed.inputs[stage])
-    process.signal_after(4, signal.SIGKILL)
+    process = StageProcess(stage, root, undisturbed.inputs[stage], pause_after=4)
+    process.signal(signal.SIGKILL)
     process.ended()
     done = run(stage, root, undisturbed.inputs[stage], micro_batch_tokens=256)
     assert "continuing after" in done.stderr
@@ -95,8 +95,8 @@ def test_ppo_resumed_under_other_micro_batches_makes_the_next_update_the_same_bu
     updates after it are not compared: a weight that differs in its last digit lets another token be sampled now and then.
     """
     stage, root = "ppo_finetune", "s3://rankloop/other-micro-batches-ppo"
-    process = StageProcess(stage, root, undisturbed.inputs[stage])
-    process.signal_after(6, signal.SIGKILL)
+    process = StageProcess(stage, root, undisturbed.inputs[stage], pause_after=6)
+    process.signal(signal.SIGKILL)
     process.ended()
     done = run(stage, root, undisturbed.inputs[stage], micro_batch_tokens=64)
     histories = [contents(uri)["training.jsonl"] for uri in (done.uri, undisturbed.uri(stage))]
@@ -116,8 +116,8 @@ def test_ppo_resumed_under_other_micro_batches_makes_the_next_update_the_same_bu
 @pytest.mark.parametrize("stage", list(OPTIONS))
 def test_told_to_stop_it_saves_and_leaves(stage: str, number: int, code: int, undisturbed: Undisturbed) -> None:
     root = f"s3://rankloop/stopped-{stage}-{code}"
-    process = StageProcess(stage, root, undisturbed.inputs[stage], checkpoint_seconds=3600)
-    process.signal_after(1, number)
+    process = StageProcess(stage, root, undisturbed.inputs[stage], pause_after=1, checkpoint_seconds=3600)
+    process.signal(number)
     ended = process.ended()
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
@@ -188,8 +188,8 @@ def rankings_of(undisturbed: Undisturbed, split: Any, tokenizer: Any, folder: Pa
     ],
 )
 def test_line_06_an_example_in_tokens_is_in_the_log_before_the_first_step(stage: str, shown: str, undisturbed: Undisturbed) -> None:
-    process = StageProcess(stage, f"s3://rankloop/shown-{stage}", undisturbed.inputs[stage])
-    process.signal_after(1, signal.SIGKILL)
+    process = StageProcess(stage, f"s3://rankloop/shown-{stage}", undisturbed.inputs[stage], pause_after=1)
+    process.signal(signal.SIGKILL)
     assert re.search(shown, process.ended().stderr)
 
 

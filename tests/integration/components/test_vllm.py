@@ -57,8 +57,8 @@ def test_line_22_vllm_samples_from_the_policy_as_it_is_after_every_update(option
 
 def test_line_37_killed_and_resumed_vllm_samples_from_the_policy_of_the_checkpoint(options: dict[str, Any]) -> None:
     root = f"{ROOT}/{options['lora_rank']}/killed"
-    process = StageProcess("ppo_finetune", root, {}, **options)
-    process.signal_after(2, signal.SIGKILL)
+    process = StageProcess("ppo_finetune", root, {}, pause_after=2, **options)
+    process.signal(signal.SIGKILL)
     assert process.ended().returncode == -signal.SIGKILL
     resumed = run("ppo_finetune", root, {}, **options)
     assert "continuing after" in resumed.stderr
