@@ -173,6 +173,7 @@ def draw(
                 answers_read[policy] = {i: Reading(-logprobs[i], lengths[i]) for i in logprobs}
         if texts and name in ("candidate", "sft"):
             texts_read[name] = _read(model, tokenizer, asked, texts, limit_tokens, sampling)
+        del model  # before the next one is loaded
     by_all = [i for i in range(len(plain)) if all(i in each for each in plain_read.values())]
     everywhere = [i for i in range(len(probes)) if all(i in each for each in probed.values())]
     return Drawn(
@@ -218,6 +219,7 @@ def score_all(
                     by_member[policy].append(score(model, tokenizer, asked, given, batch_size=sampling.batch_size))
             except PromptTooLong as error:
                 raise DoNotRetry(f"{uri}: {error}", "lower evaluate.max_new_tokens") from error
+            del model  # before the next one is loaded
         scores[name] = {policy: aggregate(torch.stack(each), *how).tolist() for policy, each in by_member.items()}
     return {
         policy: [

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.detect_drift import stage
+from components.detect_drift import reading, stage
 from components.detect_drift.champion import Champion
 from components.detect_drift.features import judge
 from components.detect_drift.reading import Models
@@ -26,6 +26,7 @@ from components.services.storage import Storage
 from components.services.tracking import PARENT_VARIABLE, client, experiment_id
 from components.simulated_world.generate import simulate_rankings
 from pipelines.local_services import LocalServices
+from tests.one_model import expect_one_at_a_time
 
 FREE = {"min_new_rankings": 1, "cooldown_days": 0, "max_retrains_per_month": 100, "batch_tokens": 16384}
 
@@ -257,7 +258,7 @@ def test_the_budget_of_a_watch_cannot_be_changed_after_looking(world: World, nam
     assert len(state(name)["looks"]) == 1
 
 
-def test_every_member_of_an_ensemble_is_asked(world: World, tmp_path: Path) -> None:
+def test_every_member_of_an_ensemble_is_asked(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scorer(seed: int, folder: Path) -> None:
         model, tokenizer = new_scorer(world.home / "policy", seed), load_policy(world.home / "policy")[1]
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -274,7 +275,9 @@ def test_every_member_of_an_ensemble_is_asked(world: World, tmp_path: Path) -> N
     (tmp_path / "scratch").mkdir()
     settings = parse_settings(stage.Config, {}, "detect_drift")
     context = Context("detect_drift", settings, stage.Inputs(snapshot_uri="s3://none"), tmp_path / "scratch")
+    loaded = expect_one_at_a_time(reading, monkeypatch)
     found = Models(context, Champion("1", "", "", uri), "float32", 4096).eyes.judge(QUIET)
+    assert len(loaded) == 2
     pairs = [list(ranking.pairs()) for ranking in QUIET]
     assert [len(each.margins) for each in found] == [len(each) for each in pairs]
     assert any(pairs)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from components.close_run.stage import Config, Inputs
+from components.evaluate import answers
 from components.evaluate.answers import Drawn, Sampling, aggregated_by, score_all
 from components.rlhf.models import load_scorer, new_scorer, save_model
 from components.rlhf.records import Message
@@ -17,6 +18,7 @@ from components.rlhf.reward import score
 from components.rlhf.rollout import Completion
 from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.services.launch import Context
+from tests.one_model import expect_one_at_a_time
 
 TEXTS = ["please help", "my lamp and my oven", "printer"]
 PROMPTS: list[list[Message]] = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
@@ -27,7 +29,9 @@ def context(services: Any, tmp_path: Path) -> Context:
     return Context("close_run", Config(), Inputs(state="SUCCEEDED"), tmp_path)
 
 
-def test_every_member_scores_and_the_candidates_aggregation_makes_one_of_them(context: Context, tmp_path: Path) -> None:
+def test_every_member_scores_and_the_candidates_aggregation_makes_one_of_them(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = train_tokenizer(TEXTS, 300, 64)
     save_model(new_model(tokenizer, layers=1, hidden=16, heads=2, context_tokens=64, seed=0), tokenizer, tmp_path / "base")
     members = [tmp_path / "reward", tmp_path / "reward" / "member-1"]
@@ -46,10 +50,12 @@ def test_every_member_scores_and_the_candidates_aggregation_makes_one_of_them(co
     sampling = Sampling(8, 0, 1.0, 4, 0, "float32")
 
     def scored(candidate: dict[str, Any]) -> list[float]:
-        answers = score_all(context, {"reward": uri}, PROMPTS, drawn, sampling, aggregated_by(candidate))
-        return [answer.scores["reward"] for answer in answers["candidate"]]
+        found = score_all(context, {"reward": uri}, PROMPTS, drawn, sampling, aggregated_by(candidate))
+        return [answer.scores["reward"] for answer in found["candidate"]]
 
+    loaded = expect_one_at_a_time(answers, monkeypatch)
     ppo = {"reward_aggregation": "mean_minus_variance", "variance_weight": 0.5}
     assert scored({}) == pytest.approx(by_member.mean(0).tolist(), abs=1e-5), "a candidate of DPO's"
     assert scored({"config": {"reward_aggregation": "worst"}}) == pytest.approx(by_member.amin(0).tolist(), abs=1e-5)
     assert scored({"config": ppo}) == pytest.approx((by_member.mean(0) - 0.5 * by_member.var(0, correction=0)).tolist(), abs=1e-5)
+    assert len(loaded) == 6

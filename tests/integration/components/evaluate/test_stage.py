@@ -24,7 +24,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from components.evaluate import stage
+from components.evaluate import answers, stage
 from components.evaluate.answers import Sampling, draw
 from components.evaluate.looks import take_look
 from components.evaluate.refusals import SIMULATED_EACH
@@ -39,6 +39,7 @@ from components.services.exits import EXIT_DO_NOT_RETRY, DoNotRetry
 from components.services.launch import Context, parse_settings
 from components.services.tracking import client
 from components.simulated_world.generate import simulate_rankings
+from tests.one_model import expect_one_at_a_time
 
 CONTEXT_TOKENS = 128
 FREE = {  # random policies: only the judge decides
@@ -476,10 +477,12 @@ def test_win_rates_stand_by_group_of_prompts_and_a_group_that_is_surely_worse_of
     assert verdicts == ["fail", "not required"]
 
 
-def test_line_40_kl_is_that_of_a_plain_forward_pass(world: World, tmp_path: Path) -> None:
+def test_line_40_kl_is_that_of_a_plain_forward_pass(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = expect_one_at_a_time(answers, monkeypatch)
     context = make_context(tmp_path, {}, world.inputs())
     prompts: list[list[Message]] = [ranking.prompt for ranking in simulated(5)]
     drawn = draw(context, {"candidate": world.candidate, "sft": world.sft}, prompts, Sampling(8, 0, 0.7, 3, 0, "float32"))
+    assert [Path(each).name for each in loaded] == ["candidate", "sft"]
     models = {}
     for name in ("candidate", "sft"):
         models[name] = AutoModelForCausalLM.from_pretrained(context.scratch / "models" / name)

@@ -1,0 +1,30 @@
+"""Whether a module that loads models one after the other lets each of them go before it loads the next."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def expect_one_at_a_time(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on the module's loading fails while another model is there; the folders that it loads from are added to the list."""
+    there: list[weakref.ref[Any]] = []
+    loaded: list[str] = []
+
+    def watched(load: Callable[..., Any]) -> Callable[..., Any]:
+        def one(folder: Any, *arguments: Any) -> Any:
+            assert not [each for each in there if each()], f"another model is in memory while {folder} is loaded"
+            found = load(folder, *arguments)
+            there.append(weakref.ref(found[0]))
+            loaded.append(str(folder))
+            return found
+
+        return one
+
+    for name in ("load_policy", "load_scorer"):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    return loaded
