@@ -105,7 +105,9 @@ class Models:
         uri = self._champion.reward_model_uri
         by_member = []
         for folder in member_folders(self._fetched(uri, "reward_model")):
-            by_member.append(judge(*self._load(folder, uri, load_scorer), rankings, self._batch_tokens))
+            model, tokenizer = self._load(folder, uri, load_scorer)
+            by_member.append(judge(model, tokenizer, rankings, self._batch_tokens))
+            del model  # before the next one is loaded
         return [mean_judgement(each) for each in zip(*by_member, strict=True)]
 
     def _fetched(self, uri: str, role: str) -> Path:

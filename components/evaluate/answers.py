@@ -289,8 +289,14 @@ def _sample(
 def _logprobs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion], sampling: Sampling
 ) -> list[float]:
-    """Log-probability of each completion at the sampling temperature, summed over its tokens, in nats."""
-    each = completion_logprobs(model, tokenizer, completions, temperature=sampling.temperature, batch_size=sampling.batch_size)
+    """Log-probability of each completion at the sampling temperature, summed over its tokens, in nats.
+
+    Batches are of `batch_size` rows; of fewer where these are longer than any answer with its prompt, as plain texts may be.
+    """
+    longest = max(len(each.prompt_ids) + len(each.token_ids) for each in completions)
+    answer = prompt_limit(model.config, sampling.max_new_tokens, sampling.max_prompt_tokens) + sampling.max_new_tokens
+    max_tokens = sampling.batch_size * min(longest, answer)
+    each = completion_logprobs(model, tokenizer, completions, temperature=sampling.temperature, max_tokens=max_tokens)
     return [float(logprobs.double().sum()) for logprobs in each]
 
 

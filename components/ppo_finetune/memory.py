@@ -27,7 +27,7 @@ from components.rlhf.memory import (
     weights_file_bytes,
 )
 from components.rlhf.models import device, dtype_of
-from components.rlhf.rollout import PREFILL_MICRO_BATCHES
+from components.rlhf.rollout import PREFILL_MICRO_BATCHES, step_bytes
 from components.rlhf.trunk import transformer_layers
 
 if TYPE_CHECKING:
@@ -142,9 +142,9 @@ def update_shares(
     backward += gradient
     prefill = cache_bytes(config, knobs.precision, prompts, prompt_tokens) * (layers + 1) // layers
     prefill_rows = min(prompts, max(1, PREFILL_MICRO_BATCHES * knobs.micro_batch_tokens // prompt_tokens))
-    prefill += forward_bytes(role, prefill_rows, prompt_tokens)
+    prefill += forward_bytes(role, prefill_rows, prompt_tokens, masked=True)
     sampling = cache_bytes(config, knobs.precision, samples, tokens) * (layers + 1) // layers
-    sampling += samples * config.vocab_size * (2 * 4 + 2 * 8)  # logits and log-probabilities in float32; sums in float64
+    sampling += step_bytes(samples, config.vocab_size)
     phases = [Share("update", "gradient and activations", backward)]
     if knobs.rollout_engine == "torch":
         phases.append(Share("update", "cache of the rollout", sampling))

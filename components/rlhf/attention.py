@@ -16,7 +16,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "short_rows"
+SHORT_ROWS = "short_rows"
 LONGEST = 512  # keys; beyond, the scores of a row and head take more than a megabyte
 
 
@@ -27,9 +27,9 @@ def use_short_rows(model: PreTrainedModel) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, short_rows)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(SHORT_ROWS, short_rows)
+    AttentionMaskInterface.register(SHORT_ROWS, sdpa_mask)
+    model.set_attn_implementation(SHORT_ROWS)
 
 
 def short_rows(

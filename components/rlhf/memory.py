@@ -10,6 +10,8 @@ import copy
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from components.rlhf.activations import checkpoint_activations
 from components.rlhf.adapters import adapter_role, add_adapter
-from components.rlhf.attention import use_short_rows
+from components.rlhf.attention import LONGEST, SHORT_ROWS, use_short_rows
 from components.rlhf.live_bytes import LiveBytes
 from components.rlhf.models import Precision, Role, device, dtype_of, policy_role
 from components.rlhf.rollout import ChosenLogprobs
@@ -31,7 +33,7 @@ GIB = 2**30
 FLOAT_BYTES = 4  # what is trained is kept, stepped and its gradient added up in float32
 UNUSABLE = 0.3  # of the activations on a CPU: held by malloc, not usable again for micro-batches of another shape; 0.2 to 0.5 seen
 WORKSPACE_BYTES = 32 * 2**20  # CUBLAS_WORKSPACE_CONFIG's default on Hopper; 8 MiB on older cards (torch's notes on CUDA)
-FUSED, FUSED_MASKED = "shape_of_fused", "shape_of_fused_masked"  # attention on an accelerator, as `saved_bytes` sees it
+FUSED, FUSED_MASKED = "shape_of_fused", "shape_of_fused_masked"  # attention by torch's kernel, as `LiveBytes` sees it
 
 
 class Share(NamedTuple):
@@ -62,8 +64,10 @@ def shape_only(config: PretrainedConfig, precision: Precision, kind: str) -> Pre
         model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=dtype_of(precision)).eval()
     if kind == "cpu":
         use_short_rows(model)
-    else:
-        _use_fused(model)
+        _register_fused()
+    elif model.config._attn_implementation == "sdpa":
+        _register_fused()
+        model.set_attn_implementation(FUSED)
     return model
 
 
@@ -96,13 +100,11 @@ def backward_bytes(role: Role, rows: int, tokens: int, *, joined: bool = False, 
         joined: several completions share a row, so that attention needs a mask.
         predicted: tokens of a sequence whose likelihood is looked at; 0: the backward pass begins at the hidden states.
     """
-    if role.backbone.config._attn_implementation in (FUSED, FUSED_MASKED):
-        role.backbone.set_attn_implementation(FUSED_MASKED if joined else FUSED)
     role.activate()
     hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in role.trainable]
     ids_BT = torch.zeros((rows, tokens), dtype=torch.long, device="meta")
     mask_BTT = torch.ones((rows, tokens, tokens), dtype=torch.bool, device="meta")
-    with LiveBytes() as live:
+    with _attending(role, tokens, masked=joined), LiveBytes() as live:
         hidden_BTD = role.hidden(ids_BT, mask_BTT)
         if predicted:
             hidden_ND, targets_N, head = (
@@ -125,15 +127,28 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 @torch.no_grad()
-def forward_bytes(role: Role, rows: int, tokens: int) -> int:
-    """The most that a forward pass without a backward pass holds, beside the weights; without a cache."""
-    if role.backbone.config._attn_implementation == FUSED:
-        role.backbone.set_attn_implementation(FUSED_MASKED)  # against padding
+def forward_bytes(role: Role, rows: int, tokens: int, *, masked: bool) -> int:
+    """The most that a forward pass without a backward pass holds, beside the weights; without a cache.
+
+    Args:
+        masked: against padding on the left, as before sampling.
+    """
     ids_BT = torch.zeros((rows, tokens), dtype=torch.long, device="meta")
     mask_BTT = torch.ones((rows, tokens, tokens), dtype=torch.bool, device="meta")
-    with LiveBytes() as live:
-        role.hidden(ids_BT, mask_BTT)
-    return live.peak
+    with _attending(role, tokens, masked), LiveBytes() as live:
+        hidden_BTD = role.hidden(ids_BT, mask_BTT)
+    mask = 0 if masked else mask_BTT.numel() * hidden_BTD.element_size()  # one is made only where it is needed
+    return live.peak - mask
+
+
+@contextmanager
+def _attending(role: Role, tokens: int, masked: bool) -> Iterator[None]:
+    """Within it a `shape_role` attends as on its device with so many keys: fused on an accelerator, and for long rows on a CPU."""
+    own = role.backbone.config._attn_implementation
+    if own == FUSED or (own == SHORT_ROWS and tokens > LONGEST):
+        role.backbone.set_attn_implementation(FUSED_MASKED if masked else FUSED)
+    yield
+    role.backbone.set_attn_implementation(own)
 
 
 class _Fused(torch.autograd.Function):
@@ -170,16 +185,13 @@ def _fused_masked(
     return _Fused.apply(query, key, value, mask), None
 
 
-def _use_fused(model: PreTrainedModel) -> None:
-    if model.config._attn_implementation != "sdpa":
-        return
+def _register_fused() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     for name, attention in ((FUSED, _fused), (FUSED_MASKED, _fused_masked)):
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(FUSED)
 
 
 class Passes(NamedTuple):

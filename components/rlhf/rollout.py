@@ -281,6 +281,11 @@ class ChosenLogprobs(torch.autograd.Function):
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 
+def step_bytes(rows: int, vocabulary: int) -> int:
+    """What a step of sampling holds beside the cache: logits and log-probabilities in float32, two sums in float64."""
+    return rows * vocabulary * (2 * 4 + 2 * 8)
+
+
 def _chunk_rows(weight_VD: Tensor) -> int:
     return max(1, LOGIT_BYTES // (4 * len(weight_VD)))
 
@@ -317,13 +322,16 @@ def completion_logprobs(
     completions: Sequence[Completion],
     *,
     temperature: float,
-    batch_size: int,
+    max_tokens: int,
 ) -> list[Tensor]:
-    """Log-probabilities of each completion's tokens under `model`, float32 [T] per completion."""
+    """Log-probabilities of each completion's tokens under `model`, float32 [T] per completion.
+
+    In length-sorted batches of at most `max_tokens` tokens; one row at least.
+    """
     role = policy_role(model)
     lengths = [len(c.prompt_ids) + len(c.token_ids) for c in completions]
     result: list[Tensor] = [torch.empty(0)] * len(completions)
-    for rows in length_batches(lengths, batch_size * max(lengths)):
+    for rows in length_batches(lengths, max_tokens):
         batch = right_pad(
             [completions[i].prompt_ids for i in rows], [completions[i].token_ids for i in rows], tokenizer.pad_token_id
         ).to(model.device)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.dpo_finetune import stage as dpo
 from components.evaluate import stage as evaluate
+from components.evaluate.memory import evaluation_shares
 from components.ppo_finetune import stage as ppo
 from components.ppo_finetune.memory import Scorer, update_shares
 from components.rlhf.adapters import AdapterShape
@@ -20,7 +21,6 @@ from components.rlhf.memory import (
     Passes,
     Share,
     cache_bytes,
-    device_shares,
     shape_only,
     shape_role,
     sharding_shares,
@@ -279,16 +279,9 @@ def _ppo(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Nee
 def _evaluate(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Need:
     settings = evaluate.Config(**stages["evaluate"])
     prompt, new = min(data.prompt_tokens, settings.max_prompt_tokens or data.prompt_tokens), settings.max_new_tokens
-    weights = parameters_of(config) * (FLOAT_BYTES if settings.precision == "float32" else 2)
 
     def shares(micro: int, processes: int) -> list[Share]:
-        cache = cache_bytes(config, settings.precision, settings.batch_size, prompt + new)
-        return [
-            Share("policy", "weights", weights),
-            Share("judge", "weights", weights),
-            *device_shares(KIND),
-            Share("sampling", "cache", cache),
-        ]
+        return evaluation_shares(config, settings.precision, settings.batch_size, prompt, new, KIND)
 
     batches = math.ceil(settings.prompts / settings.batch_size) * _POLICIES
     jobs = _sampling(config, settings.precision, batches, settings.batch_size, settings.batch_size, prompt, new)

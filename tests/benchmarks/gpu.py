@@ -1,13 +1,14 @@
-"""Memory, speed and FLOP utilisation of every training on this machine's accelerator, as JSON lines; four minutes on an H100.
+"""Memory, speed and FLOP utilisation of every training and of the evaluation on this machine's accelerator, as JSON lines.
 
     python -m tests.benchmarks.gpu
     python -m tests.benchmarks.gpu --shapes tiny --new-tokens 4    # anywhere, to see that it runs
 
-For the shapes of the profiles smollm2, llm-1b and llm-8b, with weights drawn on the device: a step of the reward model, an
-update of PPO, a step of DPO, and one of SFT in full, each as its stage does it and with the profile's settings. No weights are
-read from files, and texts are token ids drawn at random; everything else is the stages' own code. A line has the measured peak
-beside the planned one, times in seconds, and what was reached of a large matrix product's rate. PPO's rollout has the profile's
-batch, with `--new-tokens` new ones; `--rows` of its completions are scored and optimised, in one epoch.
+Four minutes on an H100. For the shapes of the profiles smollm2, llm-1b and llm-8b, with weights drawn on the device: a step of the
+reward model, an update of PPO, a step of DPO, one of SFT in full, and a batch of the evaluation, each as its stage does it and with
+the profile's settings. No weights are read from files, and texts are token ids drawn at random; everything else is the stages' own
+code. A line has the measured peak beside the planned one, times in seconds, and what was reached of a large matrix product's rate.
+PPO's rollout has the profile's batch, with `--new-tokens` new ones; `--rows` of its completions are scored and optimised, in one
+epoch.
 
 What does not fit by its plan is not tried; what runs out of memory or fails is reported, and the next item follows. With
 `--compile` the reward model's step is measured once more with its layers compiled, after everything else.
@@ -26,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from components.dpo_finetune import stage as dpo
+from components.evaluate import stage as evaluate
+from components.evaluate.memory import evaluation_shares
 from components.ppo_finetune import roles as ppo_roles
 from components.ppo_finetune import stage as ppo
 from components.ppo_finetune.engine import roll_out
@@ -39,10 +42,11 @@ from components.rlhf import reward_training
 from components.rlhf.activations import checkpoint_activations
 from components.rlhf.likelihood import add_nll_gradient
 from components.rlhf.memory import GIB, Passes, Share, held_bytes, peak_bytes, training_shares
-from components.rlhf.models import device, policy_role
+from components.rlhf.models import device, policy_role, scorer_role
 from components.rlhf.optimisation import Optimiser
 from components.rlhf.rankings import join_where_it_pays
-from components.rlhf.rollout import Completion
+from components.rlhf.reward import score_tokens
+from components.rlhf.rollout import Completion, completion_logprobs, sample_tokens
 from components.rlhf.tokens import Encoded
 from components.train_reward_model import stage as reward
 from components.train_sft import stage as sft
@@ -298,6 +302,32 @@ def ppo_update(case: Case, options: argparse.Namespace) -> Iterator[dict[str, An
     yield {"phase": "all", **memory(shares, max(peaks))}
 
 
+# -- the evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluation(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """A batch of the longest prompts answered and read by a policy, and scored by a judge, which is loaded when that is gone."""
+    config = evaluate.Config(**case.settings.get("evaluate", {}))
+    rows, longest, pad = config.batch_size, case.settings["ppo_finetune"]["max_prompt_tokens"], case.tokenizer.pad_token_id
+    shares = evaluation_shares(case.config, "bfloat16", rows, longest, options.new_tokens, device().type)
+    refuse(shares)
+    forget_peak()
+    model = drawn(AutoModelForCausalLM, case.config)
+    prompts = [ids(case, longest, n) for n in range(rows)]
+    how = {"max_new_tokens": options.new_tokens, "temperature": 1.0, "pad_id": pad, "eos_id": case.tokenizer.eos_token_id}
+    answered = sample_tokens(policy_role(model), prompts, generator=torch.Generator().manual_seed(0), **how)
+    answers = [Completion(p, each, "", True, logprobs) for p, (each, logprobs) in zip(prompts, answered, strict=True)]
+    max_tokens = rows * (longest + options.new_tokens)
+    took = seconds(lambda: completion_logprobs(model, case.tokenizer, answers, temperature=1.0, max_tokens=max_tokens))
+    model = None  # before the next one is loaded
+    model = drawn(AutoModelForSequenceClassification, type(case.config).from_dict({**case.config.to_dict(), "num_labels": 1}))
+    model.score.float()
+    score_tokens(scorer_role(model), prompts, [each.token_ids for each in answers], pad_id=pad, max_tokens=max_tokens)
+    read = [len(p) + len(each.token_ids) for p, each in zip(prompts, answers, strict=True)]
+    flops = forward_flops(case.config, read, sum(len(each.token_ids) for each in answers))
+    return {**memory(shares, peak_bytes()), "rows": rows, "seconds": round(took, 3), **speed(case, flops, took, sum(read))}
+
+
 # -- the run -------------------------------------------------------------------------------------------------------------
 
 
@@ -306,12 +336,13 @@ def items(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, Callab
     yield "ppo", lambda: ppo_update(case, options)
     yield "dpo", lambda: iter([preference_step(case, "dpo")])
     yield "sft", lambda: iter([sft_step(case, options)])
+    yield "evaluate", lambda: iter([evaluation(case, options)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(CASES), default=["smollm2", "llm-1b", "llm-8b"])
-    names = ["reward", "ppo", "dpo", "sft"]
+    names = ["reward", "ppo", "dpo", "sft", "evaluate"]
     parser.add_argument("--items", nargs="+", choices=names, default=names, help="PPO needs the reward model, which comes with it")
     parser.add_argument("--new-tokens", type=int, default=64, help="of a completion of PPO")
     parser.add_argument("--rows", type=int, default=32, help="completions that are scored and optimised")

@@ -1,11 +1,12 @@
-"""The plan of memory beside the tensors that there were, for each training at three small sizes, as JSON lines; on a CPU.
+"""The plan of memory beside the tensors that there were, for each training and the evaluation at three small sizes.
 
     python -m tests.benchmarks.memory_plan
     python -m tests.benchmarks.memory_plan --shapes 1m --items sft reward
 
 The steps are those of tests/benchmarks/gpu.py: the stages' own code on weights that are drawn. Every tensor is counted from the
 operation that makes it until it is freed, so that plan and tensors are compared, and not malloc's habits; the share of a CPU's plan
-that stands for these is left out. Prompts of PPO have many lengths, as its plan expects; rows of the other trainings are equal.
+that stands for these is left out. Prompts of PPO have many lengths, as its plan expects; the other rows are equal. On a CPU; writes
+JSON lines.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def settings_of(way: str, max_tokens: int) -> dict[str, dict[str, Any]]:
         "train_sft": {"batch_size": 8, "micro_batch_tokens": 4 * max_tokens, "precision": "bfloat16"},
         "train_reward_model": preferences,
         "dpo_finetune": preferences,
+        "evaluate": {"batch_size": 16, "precision": "bfloat16"},
         "ppo_finetune": {
             **common,
             "batch_prompts": 16,
@@ -92,7 +94,7 @@ def lines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as folder:
                 case = make_case(shape, way, options.max_tokens, Path(folder))
                 for item in options.items:
-                    if item == "sft" and way != "full":  # it has no adapters
+                    if item in ("sft", "evaluate") and way != "full":  # they have no adapters
                         continue
                     yield {"shape": shape, "way": way, "item": item, **measured(case, item, options)}
 
@@ -101,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    names = ["sft", "reward", "ppo", "dpo"]
+    names = ["sft", "reward", "ppo", "dpo", "evaluate"]
     parser.add_argument("--items", nargs="+", choices=names, default=names, help="PPO needs the reward model before it")
     parser.add_argument("--max-tokens", type=int, default=128, help="of prompt and completion together")
     parser.add_argument("--new-tokens", type=int, default=16, help="of a completion of PPO")

@@ -149,7 +149,8 @@ def measured(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world:
     answers = draw(policy, tokenizer, world, samples, budget)
     with tempfile.TemporaryDirectory() as name:
         sft, _ = fetched(world.sft, Path(name) / "sft", "policy")
-    reference = completion_logprobs(sft, tokenizer, answers, temperature=1.0, batch_size=BATCH)
+    longest = max(len(each.prompt_ids) + len(each.token_ids) for each in answers)
+    reference = completion_logprobs(sft, tokenizer, answers, temperature=1.0, max_tokens=BATCH * longest)
     kl = statistics.fmean(float((a.logprobs - b).double().sum()) for a, b in zip(answers, reference, strict=True))
     reward, true = (statistics.fmean(of(world, answers, samples)) for of in (rewards, true_scores))
     return {"kl": kl, "reward": reward, "truth": true}

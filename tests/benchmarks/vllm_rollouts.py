@@ -58,7 +58,8 @@ def learned(world: World, stage: dict[str, Any], engine: dict[str, Any]) -> Row:
         sft, _ = fetched(world.sft, Path(name) / "sft", "policy")
     budget = stage["max_new_tokens"]
     answers = sample(policy, tokenizer, world.prompts, max_new_tokens=budget, temperature=1.0, seed=1, batch_size=128)
-    reference = completion_logprobs(sft, tokenizer, answers, temperature=1.0, batch_size=128)
+    longest = max(len(each.prompt_ids) + len(each.token_ids) for each in answers)
+    reference = completion_logprobs(sft, tokenizer, answers, temperature=1.0, max_tokens=128 * longest)
     history = [json.loads(line) for line in lines]
     return {
         "truth": statistics.fmean(truth.score(p, a.text) for p, a in zip(world.prompts, answers, strict=True)),

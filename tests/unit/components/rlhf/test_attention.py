@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from components.rlhf import attention
-from components.rlhf.attention import NAME, use_short_rows
+from components.rlhf.attention import SHORT_ROWS, use_short_rows
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def models() -> tuple[Any, Any]:
     theirs, ours = (LlamaModel(copy.deepcopy(config)).eval() for _ in range(2))
     ours.load_state_dict(theirs.state_dict())
     use_short_rows(ours)
-    assert (theirs.config._attn_implementation, ours.config._attn_implementation) == ("sdpa", NAME)
+    assert (theirs.config._attn_implementation, ours.config._attn_implementation) == ("sdpa", SHORT_ROWS)
     return theirs, ours
 
 

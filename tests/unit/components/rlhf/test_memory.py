@@ -87,6 +87,24 @@ def test_what_a_pass_holds_is_counted_without_weights(rank: int, checkpointed: b
     assert all(parameter.grad is None for parameter in shape.trainable)
 
 
+@pytest.mark.parametrize("tokens", [32, 600])
+def test_long_rows_keep_no_scores_on_a_cpu_either(tokens: int) -> None:
+    """There torch's kernel attends, which the shapes alone would not show."""
+    config = tiny()
+    config.max_position_embeddings = 1024
+    model = AutoModelForCausalLM.from_config(config).eval()
+    use_short_rows(model)
+    role = policy_role(model, trainable=True)
+    batch = right_pad([[1] * (tokens - 12)] * 6, [[2] * 12] * 6, 0)
+    with LiveBytes() as live:
+        token_logprobs(role, batch, temperature=1.0, pad_id=0)[0].sum().backward()
+    gradient = 4 * sum(parameter.numel() for parameter in role.trainable)
+    shape = shape_role(shape_only(config, "float32", "cpu"), 0)
+    before = shape.backbone.config._attn_implementation
+    assert backward_bytes(shape, 6, tokens, predicted=12) + gradient == pytest.approx(live.peak, rel=0.1)
+    assert shape.backbone.config._attn_implementation == before
+
+
 def test_rows_of_many_lengths_fill_a_micro_batch_and_equal_ones_do_not() -> None:
     role = shape_role(shape_only(tiny(), "float32", "cuda"), 0)
     passes = Passes(8, 30, 50)

@@ -164,7 +164,7 @@ def test_line_18_a_sample_is_text_without_eos_and_says_whether_it_came(model: An
         assert c.ended == (c.token_ids[-1] == tokenizer.eos_token_id)
         assert "<|end|>" not in c.text
         assert len(c.token_ids) <= 6
-    again = completion_logprobs(model, tokenizer, done, temperature=1.0, batch_size=5)
+    again = completion_logprobs(model, tokenizer, done, temperature=1.0, max_tokens=100)
     for c, logprobs in zip(done, again, strict=True):
         torch.testing.assert_close(c.logprobs, logprobs, atol=1e-4, rtol=1e-4)
 
