@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 
-def expect_one_at_a_time(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """From now on the module's loading fails while another model is there; the folders that it loads from are added to the list."""
+def expect_one_at_a_time(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *loaders: str) -> list[str]:
+    """From now on these functions of the module fail while another model of theirs is there.
+
+    Returns:
+        The folders that they load from, in turn.
+    """
     there: list[weakref.ref[Any]] = []
     loaded: list[str] = []
 
@@ -19,12 +23,12 @@ def expect_one_at_a_time(module: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
         def one(folder: Any, *arguments: Any) -> Any:
             assert not [each for each in there if each()], f"another model is in memory while {folder} is loaded"
             found = load(folder, *arguments)
-            there.append(weakref.ref(found[0]))
+            there.append(weakref.ref(found[0] if isinstance(found, tuple) else found))
             loaded.append(str(folder))
             return found
 
         return one
 
-    for name in ("load_policy", "load_scorer"):
+    for name in loaders:
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     return loaded

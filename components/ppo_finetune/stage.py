@@ -30,7 +30,7 @@ from components.rlhf.activations import checkpoint_activations
 from components.rlhf.adapters import save_policy
 from components.rlhf.distributed import any_of, check_same
 from components.rlhf.memory import GIB, peak_bytes, release_free_memory, table
-from components.rlhf.models import context_tokens, member_folders
+from components.rlhf.models import context_tokens, member_folders, read_policy
 from components.rlhf.optimisation import data_order, load_weights
 from components.rlhf.ppo import next_beta
 from components.rlhf.reward import Aggregation
@@ -215,9 +215,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
             f"ppo_finetune.reward_aggregation is {config.reward_aggregation!r}, but the reward model is no ensemble",
             "set train_reward_model.ensemble_members to 2 or more, or reward_aggregation to mean",
         )
-    from transformers import AutoConfig, AutoTokenizer  # four seconds, which reading a config need not cost
-
-    tokenizer, model_config = AutoTokenizer.from_pretrained(folders["sft"]), AutoConfig.from_pretrained(folders["sft"])
+    tokenizer, model_config = read_policy(folders["sft"])
     prompts, left_out = read_prompts(config, tokenizer, model_config, folders["snapshot"])
     _log.info("%d prompts; one of them: %s", len(prompts), " ".join(tokenizer.convert_ids_to_tokens(prompts[0])))
     scorers = [*member_folders(folders["reward"]), folders["judge"]]

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from components.rater_study.folds import Scored, across_raters, plan_folds
 from components.rlhf.accuracy_report import ScoredRanking
-from components.rlhf.models import context_tokens, load_policy
+from components.rlhf.models import context_tokens, read_policy
 from components.rlhf.rankings import EncodedRanking, encode_rankings, split_for_judge
 from components.rlhf.records import UNKNOWN_RATER, iterate_snapshot
 from components.rlhf.reward_training import recipe_of, train_and_score
@@ -77,9 +77,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     context.storage.fetch_folder(marker["parents"]["snapshot"], snapshot)
     context.storage.fetch_folder(marker["parents"]["policy"], policy)
     settings = marker["config"]
-    model, tokenizer = load_policy(policy, settings["precision"])
-    limit = min(settings["max_tokens"] or context_tokens(model.config), context_tokens(model.config))
-    del model
+    tokenizer, policy_config = read_policy(policy)
+    limit = min(settings["max_tokens"] or context_tokens(policy_config), context_tokens(policy_config))
     train = encode_rankings(tokenizer, iterate_snapshot(snapshot, "train"), limit).rankings
     test = known(encode_rankings(tokenizer, iterate_snapshot(snapshot, "test"), limit).rankings)
     learned, _ = split_for_judge(train[: settings["max_rankings"] or None], settings["judge_fraction"])

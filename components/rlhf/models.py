@@ -121,6 +121,13 @@ def load_policy(
     return _ready(model, place), tokenizer
 
 
+def read_policy(folder: Path) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """Tokenizer and configuration of a policy that `save_model` wrote, without its weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+
+
 def load_scorer(
     folder: Path | str, precision: Precision = "float32", place: torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -6,6 +6,7 @@ rankings alone (Ouyang 2022, section 3.5: one epoch over whole rankings, all C(K
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import threading
@@ -83,6 +84,8 @@ class Kept(Protocol):
 
 def new_role(recipe: Recipe, seed: int, policy: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, Role]:
     """A reward model that has learned nothing yet, and its trainable role."""
+    if recipe.shard:
+        gc.collect()  # divided layers refer to each other, so those of the model before are freed only now
     model = new_scorer(policy, seed, recipe.precision, torch.device("cpu") if recipe.shard else None)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.score.float()

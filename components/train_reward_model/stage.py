@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 
 from components.rlhf.accuracy_report import ScoredRanking
-from components.rlhf.models import context_tokens, load_policy
+from components.rlhf.models import context_tokens, read_policy
 from components.rlhf.rankings import encode_rankings, split_for_judge
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.reward import Ties
@@ -122,8 +122,8 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     snapshot, policy = context.scratch / "snapshot", context.scratch / "policy"
     context.storage.fetch_folder(inputs.snapshot_uri, snapshot)
     context.storage.fetch_folder(inputs.policy_uri, policy)
-    model, tokenizer = load_policy(policy, config.precision)
-    limit = min(config.max_tokens or context_tokens(model.config), context_tokens(model.config))
+    tokenizer, policy_config = read_policy(policy)
+    limit = min(config.max_tokens or context_tokens(policy_config), context_tokens(policy_config))
     tokenizer.model_max_length = limit  # saved with the models: what they are asked later is cut as what they learned from
     train = encode_rankings(tokenizer, iterate_snapshot(snapshot, "train"), limit)
     test = encode_rankings(tokenizer, iterate_snapshot(snapshot, "test"), limit)
@@ -134,7 +134,6 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
     subsets = plan_subsets(sides[0], config.curve_points, config.batch_rankings)
     first = sides[0][0]
     _log.info("one ranking's best: %s", show(tokenizer, Encoded(first.prompts[0], first.completions[first.ranking.ranks.index(1)])))
-    del model
 
     # 2. Train and measure.
     counts = {"left_out": train.left_out + test.left_out, "cut_prompts": train.cut_prompts + test.cut_prompts}

@@ -275,7 +275,7 @@ def test_every_member_of_an_ensemble_is_asked(world: World, tmp_path: Path, monk
     (tmp_path / "scratch").mkdir()
     settings = parse_settings(stage.Config, {}, "detect_drift")
     context = Context("detect_drift", settings, stage.Inputs(snapshot_uri="s3://none"), tmp_path / "scratch")
-    loaded = expect_one_at_a_time(reading, monkeypatch)
+    loaded = expect_one_at_a_time(reading, monkeypatch, "load_scorer")
     found = Models(context, Champion("1", "", "", uri), "float32", 4096).eyes.judge(QUIET)
     assert len(loaded) == 2
     pairs = [list(ranking.pairs()) for ranking in QUIET]

@@ -53,7 +53,7 @@ def test_every_member_scores_and_the_candidates_aggregation_makes_one_of_them(
         found = score_all(context, {"reward": uri}, PROMPTS, drawn, sampling, aggregated_by(candidate))
         return [answer.scores["reward"] for answer in found["candidate"]]
 
-    loaded = expect_one_at_a_time(answers, monkeypatch)
+    loaded = expect_one_at_a_time(answers, monkeypatch, "load_scorer")
     ppo = {"reward_aggregation": "mean_minus_variance", "variance_weight": 0.5}
     assert scored({}) == pytest.approx(by_member.mean(0).tolist(), abs=1e-5), "a candidate of DPO's"
     assert scored({"config": {"reward_aggregation": "worst"}}) == pytest.approx(by_member.amin(0).tolist(), abs=1e-5)

@@ -478,7 +478,7 @@ def test_win_rates_stand_by_group_of_prompts_and_a_group_that_is_surely_worse_of
 
 
 def test_line_40_kl_is_that_of_a_plain_forward_pass(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = expect_one_at_a_time(answers, monkeypatch)
+    loaded = expect_one_at_a_time(answers, monkeypatch, "load_policy")
     context = make_context(tmp_path, {}, world.inputs())
     prompts: list[list[Message]] = [ranking.prompt for ranking in simulated(5)]
     drawn = draw(context, {"candidate": world.candidate, "sft": world.sft}, prompts, Sampling(8, 0, 0.7, 3, 0, "float32"))

@@ -23,6 +23,7 @@ from components.services.launch import Context
 from components.services.storage import Storage
 from components.train_reward_model import stage
 from tests.integration.components.small_world import SmallWorld, publish_small_world
+from tests.one_model import expect_one_at_a_time
 
 PPO = {"updates": 1, "batch_prompts": 4, "max_new_tokens": 4, "epochs": 1, "max_kl_reference": 1e3, "max_same_answer_fraction": 1.0}
 
@@ -50,10 +51,13 @@ def trained(world: SmallWorld, folder: Path, root: str = "", contexts: list[Cont
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_line_15_members_have_seeds_of_their_own_and_ppo_optimises_what_they_say_together(
-    world: SmallWorld, tmp_path: Path, lora_rank: int
+    world: SmallWorld, tmp_path: Path, lora_rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = trained(world, tmp_path / "one", lora_rank=lora_rank)
-    several = trained(world, tmp_path / "several", lora_rank=lora_rank, ensemble_members=3)
+    with monkeypatch.context() as patched:
+        made = expect_one_at_a_time(reward_training, patched, "new_scorer")
+        several = trained(world, tmp_path / "several", lora_rank=lora_rank, ensemble_members=3)
+    assert len(made) == 4, "the judge, too"
     folders = member_folders(several.folder)
     assert [each.name for each in folders] == ["several", "member-1", "member-2"]
     weights = [load_file(each / "model.safetensors") for each in folders]
