@@ -16,6 +16,7 @@ from components.detect_drift.units import Dated, digest_of, rater_day
 from components.detect_drift.watch import chance
 from components.rlhf.models import Precision, load_policy, load_scorer, member_folders
 from components.rlhf.records import Ranking, iterate_snapshot, prompt_key
+from components.rlhf.spread import load_spread
 from components.services.exits import DoNotRetry
 from components.services.launch import Context
 
@@ -119,11 +120,11 @@ class Models:
                 raise DoNotRetry(f"{uri} is a {marker.get('role')!r}, not a {role!r}", "correct the tags of the champion's version")
         return folder
 
-    def _load(self, folder: Path, uri: str, load: Callable[[Path, Precision], Any]) -> Any:
+    def _load(self, folder: Path, uri: str, load: Callable[..., Any]) -> Any:
         if self._folder != folder:
             self._folder, self._loaded = Path(), None
             try:
-                self._loaded = load(folder, self._precision)
+                self._loaded = load_spread(lambda place: load(folder, self._precision, place))
             except (ValueError, OSError) as error:
                 raise DoNotRetry(f"{uri} cannot be loaded: {error}", "promote a champion whose artifacts are whole") from error
             self._folder = folder

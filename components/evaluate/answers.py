@@ -24,6 +24,7 @@ from components.rlhf.models import Precision, context_tokens, load_policy, load_
 from components.rlhf.records import Message, Ranking, prompt_key
 from components.rlhf.reward import Aggregation, aggregate, score
 from components.rlhf.rollout import Completion, completion_logprobs, prompt_limit, sample
+from components.rlhf.spread import load_spread
 from components.rlhf.tokens import PromptTooLong, encode_completion, encode_prompt
 from components.services.exits import DoNotRetry
 from components.services.launch import Context
@@ -247,8 +248,9 @@ def _fetch(context: Context, name: str, uri: str, role: str) -> Path:
 
 
 def _loaded(folder: Path, uri: str, role: str, precision: Precision) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    load = load_policy if role == "policy" else load_scorer
     try:
-        return (load_policy if role == "policy" else load_scorer)(folder, precision)
+        return load_spread(lambda place: load(folder, precision, place))
     except (ValueError, OSError) as error:
         raise DoNotRetry(f"{uri} cannot be loaded: {error}", "run the stage that writes it again") from error
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from components.rlhf.memory import FLOAT_BYTES, Share, cache_bytes, device_shares, forward_bytes, shape_only, weights_bytes
+from components.rlhf.memory import FLOAT_BYTES, Share, cache_bytes, device_shares, forward_bytes, shape_only, spread_shares
 from components.rlhf.models import Precision, dtype_of, policy_role
 from components.rlhf.rollout import LOGIT_BYTES, step_bytes
 
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
 
 
 def evaluation_shares(
-    config: PretrainedConfig, precision: Precision, rows: int, prompt_tokens: int, new_tokens: int, kind: str
+    config: PretrainedConfig, precision: Precision, rows: int, prompt_tokens: int, new_tokens: int, kind: str, devices: int = 1
 ) -> list[Share]:
     """The shares, in bytes, of the one model that is loaded at a time and of the pass that takes most, on a `kind` of device.
+
+    Of several `devices` over which its layers are spread (`rlhf.spread`) the first, which has embeddings and head besides.
 
     Policies, reward model and judge are of one shape; a scorer takes a little less than a policy.
 
@@ -27,9 +30,10 @@ def evaluation_shares(
     role = policy_role(model)
     tokens = prompt_tokens + new_tokens
     layers, item_bytes = config.num_hidden_layers, dtype_of(precision).itemsize
+    here = math.ceil(layers / devices)
 
     def cache(longest: int) -> int:  # of one layer twice, while a token is added
-        return cache_bytes(config, precision, rows, longest) * (layers + 1) // layers
+        return cache_bytes(config, precision, rows, longest) * (here + 1) // layers
 
     prefill = cache(prompt_tokens) + forward_bytes(role, rows, prompt_tokens, masked=True)
     hidden = rows * tokens * config.hidden_size * item_bytes
@@ -41,5 +45,4 @@ def evaluation_shares(
         Share("scoring", "one layer's activations", forward_bytes(role, rows, tokens, masked=False)),
         Share("scoring", "hidden states and logits", hidden + logits),
     ]
-    weights = Share("model", "weights of one at a time", weights_bytes(model))
-    return [weights, *device_shares(kind), max(phases, key=lambda share: share.bytes)]
+    return [*spread_shares(model, devices), *device_shares(kind), max(phases, key=lambda share: share.bytes)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from components.rlhf.attention import LONGEST, SHORT_ROWS, use_short_rows
 from components.rlhf.live_bytes import LiveBytes
 from components.rlhf.models import Precision, Role, device, dtype_of, policy_role
 from components.rlhf.rollout import ChosenLogprobs
+from components.rlhf.trunk import transformer_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -281,6 +283,16 @@ def sharding_shares(divided: int, together: int, processes: int) -> list[Share]:
         Share("sharding", f"layers on the other {processes - 1}", -divided * (processes - 1) // processes),
         Share("sharding", "layers that are put together for a pass", together),
     ]
+
+
+def spread_shares(model: PreTrainedModel, devices: int) -> list[Share]:
+    """What the first of so many devices has of a `shape_only` model whose layers are spread over them (`rlhf.spread`)."""
+    layers = transformer_layers(model.base_model)[1]
+    elsewhere = len(layers) - math.ceil(len(layers) / devices)
+    shares = [Share("model", "weights", weights_bytes(model))]
+    if elsewhere:
+        shares.append(Share("model", f"layers on the other {devices - 1}", -weights_bytes(layers) * elsewhere // len(layers)))
+    return shares
 
 
 def cache_bytes(config: PretrainedConfig, precision: Precision, rows: int, tokens: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from components.rlhf import sharding
 from components.rlhf.attention import use_short_rows
-from components.rlhf.distributed import rank
+from components.rlhf.distributed import processes, rank
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -97,6 +97,13 @@ def device() -> torch.device:
     return (
         torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
     )
+
+
+def devices() -> list[torch.device]:
+    """All accelerators that this process has to itself, or its device where there are others or none."""
+    if not torch.accelerator.is_available() or processes() > 1:
+        return [device()]
+    return [torch.device(device().type, number) for number in range(torch.accelerator.device_count())]
 
 
 def load_policy(
@@ -205,9 +212,9 @@ def new_scorer(
 
 
 def _ready(model: PreTrainedModel, place: torch.device | None = None) -> PreTrainedModel:
-    """On the device, without dropout, with the attention that is fastest there."""
+    """On its place, without dropout, with the attention that is fastest on this process's device, where it computes in the end."""
     model = model.to(place or device()).eval()
-    if model.device.type == "cpu":
+    if device().type == "cpu":
         use_short_rows(model)
     return model
 

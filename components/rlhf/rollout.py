@@ -120,7 +120,7 @@ def sample_tokens(
         if len(active) == 0 or step == max_new_tokens:
             break
         if len(active) < len(rows_B):
-            cache.batch_select_indices(active)
+            _keep_rows(cache, active)
             rows_B, next_B, position_B, attention_BT = (each[active] for each in (rows_B, next_B, position_B, attention_BT))
         position_B = position_B + 1
         attention_BT = torch.cat([attention_BT, attention_BT.new_ones(len(active), 1)], 1)
@@ -128,6 +128,13 @@ def sample_tokens(
     while role.divided and any_of(False)[0]:
         role.hidden(ids_BT[:1, -1:])  # its part of the layers is needed for as long as another process samples
     return [(ids, torch.tensor(values)) for ids, values in zip(tokens, logprobs, strict=True)]
+
+
+def _keep_rows(cache: DynamicCache, rows_A: Tensor) -> None:
+    """Drops all other rows, on whatever device a layer has its keys (`rlhf.spread`)."""
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", rows_A)  # a layer of another kind than attention has none
+        layer.batch_select_indices(rows_A.to(keys.device))
 
 
 def _one_cache(caches: list[DynamicCache]) -> DynamicCache:

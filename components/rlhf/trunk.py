@@ -29,7 +29,10 @@ def transformer_layers(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
     depth = backbone.config.num_hidden_layers
     found = [(name, m) for name, m in backbone.named_children() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if len(found) != 1:
-        raise DoNotRetry(f"{type(backbone).__name__} has no list of {depth} layers that is its own", "set lora_layers to 0")
+        raise DoNotRetry(
+            f"{type(backbone).__name__} has no list of {depth} layers that is its own, so they cannot be told apart",
+            "set lora_layers to 0 and shard to false; a stage that only reads or samples needs one GPU",
+        )
     return found[0]
 
 

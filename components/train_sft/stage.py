@@ -27,6 +27,7 @@ from components.rlhf.optimisation import Optimiser, data_order, load_weights, we
 from components.rlhf.records import iterate_snapshot
 from components.rlhf.scratch_model import new_model, train_tokenizer
 from components.rlhf.sharding import divide_layers
+from components.rlhf.spread import load_spread
 from components.rlhf.tokens import Encoded, PromptTooLong, encode_completion, encode_prompt, show
 from components.services.checkpoints import Checkpoints
 from components.services.exits import DoNotRetry
@@ -133,8 +134,7 @@ def run(config: Config, inputs: Inputs, context: Context) -> Outputs:
 
     # 2. Model and tokenizer.
     if config.base_model:
-        place = torch.device("cpu") if config.shard else None  # from there its layers go to the device one by one
-        model, tokenizer = load_pretrained(config.base_model, config.precision, context.storage, context.scratch, place)
+        model, tokenizer = _pretrained(config, context)
     else:
         model, tokenizer = _from_scratch(config, train)
     parameters = sum(p.numel() for p in model.parameters())
@@ -174,6 +174,15 @@ def fingerprint_of(demonstrations: str, base_model: str, storage: Storage) -> st
     """A digest that changes whenever the content of either does; for the cache key, which knows names and no content."""
     examples = [tuple(e) for e in read_demonstrations(demonstrations, storage)] if demonstrations else []
     return json_digest([examples, model_digest(base_model)])
+
+
+def _pretrained(config: Config, context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(place: torch.device | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_pretrained(config.base_model, config.precision, context.storage, context.scratch, place)
+
+    if config.shard:
+        return load(torch.device("cpu"))  # from there its layers go to the device one by one
+    return load(None) if config.epochs else load_spread(load)
 
 
 def _from_scratch(config: Config, examples: Sequence[Example]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -65,7 +65,7 @@ def overview(plan: Plan) -> Table:
         mark = MARK if any(timed.extrapolated for timed in each.timed) else ""
         hours = f"{mark}{each.hours:.3g}" if each.timed else "0"
         price = cost(plan, each)
-        where = f"{each.gpus} × {each.gpu}" + (", sharded" if each.sharded else "")
+        where = f"{each.gpus} × {each.gpu}" + (f", {each.division}" if each.division else "")
         rows.append([each.stage, where, GPUS[each.gpu].memory_bytes / GIB, each.gib, _micro(each), hours, price])
     columns = ("stage", "smallest GPUs", "GiB there", "GiB planned", "micro_batch_tokens", "hours", "cost")
     return Table("Each stage on the smallest of the named GPUs that hold it", columns, rows)
@@ -131,17 +131,18 @@ def show(plan: Plan, console: Console) -> None:
 def resources(plan: Plan) -> str:
     """A file for `rankloop compile --resources`: one kind of GPU for all large stages, the smallest on which each fits.
 
-    A pod's memory holds the weights twice while they are read, its scratch eight times (model, checkpoints, what is uploaded); the
-    time-out is three times the planned hours. These three are rules of thumb.
+    A pod's memory holds the weights twice for each process that reads them, its scratch eight times (model, checkpoints, what is
+    uploaded); the time-out is three times the planned hours. These three are rules of thumb.
     """
     stages: dict[str, Any] = {}
     weights = plan.parameters * plan.itemsize / GIB
     largest = max((each for each in plan.stages if each.gpu), key=lambda each: GPUS[each.gpu].memory_gb, default=None)
     for each in plan.stages:
         if each.gpu:
+            readers = 1 if each.division == "spread" else each.gpus
             stages[each.stage] = {
                 "gpus": min(each.gpus, _LONGEST_GPUS),
-                "memory": f"{math.ceil(2 * weights * each.gpus) + _HOST_GIB}Gi",
+                "memory": f"{math.ceil(2 * weights * readers) + _HOST_GIB}Gi",
                 "scratch": f"{math.ceil(8 * weights) + 50}Gi",
                 "timeout_seconds": max(3600, math.ceil(3 * 3600 * each.hours)),
             }
@@ -152,7 +153,7 @@ def resources(plan: Plan) -> str:
     head = f"# Written by `rankloop plan` for {plan.model} under the profile {plan.profile}. Settings that belong to it:\n"
     for each in plan.stages:
         if each.gpu and each.timed and each.stage != "evaluate":
-            shard = f", {each.stage}.shard=true" if each.sharded else ""
+            shard = f", {each.stage}.shard=true" if each.division == "sharded" else ""
             processes = f", {each.stage}.processes={each.gpus}" if each.gpus > 1 else ""
             head += f"# {each.stage}.micro_batch_tokens={each.micro_batch_tokens}{processes}{shard}\n"
     return head + yaml.safe_dump(table, sort_keys=False)

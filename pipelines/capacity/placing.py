@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from components.rlhf.memory import GIB, Share
 from pipelines.capacity.gpus import GPUS, Gpu, decode_seconds, efficiency, efficiency_is_measured, vllm_decode_seconds
-from pipelines.capacity.stages import Job, Need
+from pipelines.capacity.stages import Division, Job, Need
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,7 +43,7 @@ class Placed(NamedTuple):
         stage: its name.
         gpu: a name of `GPUS`; empty: it fits none.
         gpus: how many.
-        sharded: its layers are divided over them.
+        division: how its layers are divided over them.
         micro_batch_tokens: that fit.
         shares: of one GPU's memory.
         timed: its work.
@@ -52,7 +52,7 @@ class Placed(NamedTuple):
     stage: str
     gpu: str
     gpus: int
-    sharded: bool
+    division: Division
     micro_batch_tokens: int
     shares: list[Share]
     timed: list[Timed]
@@ -89,18 +89,20 @@ def place(need: Need, names: Sequence[str], config: PretrainedConfig, parameters
             for micro in micros:
                 shares = shares_of(micro, count)
                 if sum(share.bytes for share in shares) <= GPUS[name].memory_bytes:
-                    timed = [timed_on(job, name, count, config, parameters, itemsize) for job in need.jobs]
-                    return Placed(need.stage, name, count, need.can_shard and count > 1, micro, shares, timed)
-    return Placed(need.stage, "", 0, False, micros[-1], shares_of(micros[-1], COUNTS[-1]), [])
+                    division = need.division if count > 1 else ""
+                    at_once = 1 if division == "spread" else count
+                    timed = [timed_on(job, name, count, at_once, config, parameters, itemsize) for job in need.jobs]
+                    return Placed(need.stage, name, count, division, micro, shares, timed)
+    return Placed(need.stage, "", 0, "", micros[-1], shares_of(micros[-1], COUNTS[-1]), [])
 
 
-def timed_on(job: Job, name: str, count: int, config: PretrainedConfig, parameters: int, itemsize: int) -> Timed:
-    """The work on so many GPUs that share its rows, without what they say to each other."""
+def timed_on(job: Job, name: str, count: int, at_once: int, config: PretrainedConfig, parameters: int, itemsize: int) -> Timed:
+    """The work on `count` GPUs of which `at_once` share its rows, without what they send to each other."""
     found: Gpu = GPUS[name]
     extrapolated = count > 1 or not efficiency_is_measured(name, parameters)
     if job.kind:
-        return Timed(job, job.flops / (found.tflops * 1e12 * efficiency(job.kind, parameters) * count), extrapolated)
+        return Timed(job, job.flops / (found.tflops * 1e12 * efficiency(job.kind, parameters) * at_once), extrapolated)
     groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    weights, cache = parameters * itemsize, job.cache_bytes // count
+    weights, cache = parameters * itemsize, job.cache_bytes // at_once
     step = decode_seconds(found, config.num_hidden_layers, weights, cache, groups)
     return Timed(job, job.steps * step, extrapolated, job.steps * vllm_decode_seconds(found, weights, cache))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from components.dpo_finetune import stage as dpo
 from components.evaluate import stage as evaluate
@@ -21,12 +21,15 @@ from components.rlhf.memory import (
     Passes,
     Share,
     cache_bytes,
+    device_shares,
+    forward_bytes,
     shape_only,
     shape_role,
     sharding_shares,
+    spread_shares,
     training_shares,
 )
-from components.rlhf.models import Precision, context_tokens, dtype_of
+from components.rlhf.models import Precision, context_tokens, dtype_of, policy_role
 from components.rlhf.reward import sharing_pays
 from components.services.exits import DoNotRetry
 from components.train_reward_model import stage as reward
@@ -49,6 +52,9 @@ class Data(NamedTuple):
     completions: int
     prompt_tokens: int
     completion_tokens: int
+
+
+Division = Literal["", "sharded", "spread"]
 
 
 class Job(NamedTuple):
@@ -76,10 +82,11 @@ class Need(NamedTuple):
 
     Fields:
         stage: its name.
-        shares: of the memory, with a micro-batch of so many tokens and so many processes.
+        shares: of one GPU's memory, with a micro-batch of so many tokens and so many GPUs.
         micro_batch_tokens: that its settings have.
         row_tokens: below this a micro-batch cannot be: it holds one row (or ranking) at least.
-        can_shard: whether its layers can be divided over several processes; in `shares` they are.
+        division: how its layers can be divided over several GPUs, as in `shares` they are: "sharded" over processes that share the
+            rows, "spread" over the GPUs of one process, which take turns, or not at all.
         jobs: its work.
     """
 
@@ -87,7 +94,7 @@ class Need(NamedTuple):
     shares: Callable[[int, int], list[Share]]
     micro_batch_tokens: int
     row_tokens: int
-    can_shard: bool
+    division: Division
     jobs: list[Job]
 
 
@@ -137,14 +144,14 @@ def _ranking_rows(config: PretrainedConfig, data: Data, max_tokens: int) -> tupl
     return (1, prompt + data.completions * completion, True) if joined else (data.completions, prompt + completion, False)
 
 
-def _can_shard(precision: Precision, lora_rank: int) -> bool:
-    """Layers are divided where they are frozen, or trained in float32."""
-    return bool(lora_rank) or precision == "float32"
+def _division(precision: Precision, lora_rank: int) -> Division:
+    """Layers of a training are divided where they are frozen, or trained in float32."""
+    return "sharded" if lora_rank or precision == "float32" else ""
 
 
 def _sharding(config: PretrainedConfig, precision: Precision, lora_rank: int, processes: int) -> list[Share]:
     """What changes where the layers of a training are divided, if they can be."""
-    if processes == 1 or not _can_shard(precision, lora_rank):
+    if processes == 1 or not _division(precision, lora_rank):
         return []
     each = 4 * FLOAT_BYTES  # weight, gradient, two moments
     if lora_rank:
@@ -162,11 +169,16 @@ def _sft(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Nee
     tokens = min(data.prompt_tokens + data.completion_tokens, context_tokens(config))
     if not settings.epochs:  # it takes the model as it is
 
-        def shares(micro: int, processes: int) -> list[Share]:
-            return [Share("model", "weights, float32" if settings.precision == "float32" else "weights, bfloat16", weights)]
+        def shares(micro: int, devices: int) -> list[Share]:
+            model = shape_only(config, settings.precision, KIND)
+            held_out = forward_bytes(policy_role(model), max(1, micro // tokens), tokens, masked=False)
+            return [
+                *spread_shares(model, devices),
+                *device_shares(KIND),
+                Share("held-out loss", "one layer's activations", held_out),
+            ]
 
-        weights = parameters_of(config) * (FLOAT_BYTES if settings.precision == "float32" else 2)
-        return Need("train_sft", shares, settings.micro_batch_tokens, tokens, False, [])
+        return Need("train_sft", shares, settings.micro_batch_tokens, tokens, "spread", [])
 
     def trained(micro: int, processes: int) -> list[Share]:
         passes = Passes(math.ceil(settings.batch_size / processes), tokens, micro, settings.activation_checkpointing)
@@ -176,7 +188,7 @@ def _sft(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Nee
     count = int(settings.epochs * data.rankings * (data.completions if settings.completions == "all" else 1))
     flops = count * training_flops(forward_flops(config, [tokens], data.completion_tokens), adapters=False)
     work = [Job("train", TRAINING, flops, count * tokens)]
-    return Need("train_sft", trained, settings.micro_batch_tokens, tokens, _can_shard(settings.precision, 0), work)
+    return Need("train_sft", trained, settings.micro_batch_tokens, tokens, _division(settings.precision, 0), work)
 
 
 def _preferences(
@@ -198,8 +210,8 @@ def _preferences(
         return [*needed, *_sharding(config, settings.precision, settings.lora_rank, processes)]
 
     work = jobs(rows, tokens, _share(config, settings.lora_layers))
-    can_shard = _can_shard(settings.precision, settings.lora_rank)
-    return Need(name, shares, settings.micro_batch_tokens, rows * tokens, can_shard, work)
+    division = _division(settings.precision, settings.lora_rank)
+    return Need(name, shares, settings.micro_batch_tokens, rows * tokens, division, work)
 
 
 def _reward(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Need:
@@ -247,7 +259,7 @@ def _ppo(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Nee
     member = reward.Config(**stages["train_reward_model"])
     prompt, new = min(data.prompt_tokens, settings.max_prompt_tokens or data.prompt_tokens), settings.max_new_tokens
     scorers = [Scorer()] * (member.ensemble_members + 1)
-    can_shard = _can_shard(settings.precision, settings.lora_rank)
+    division = _division(settings.precision, settings.lora_rank)
     if settings.lora_rank:
         shape = AdapterShape(member.lora_rank or settings.lora_rank, member.lora_alpha, member.lora_layers)
         role = shape_role(shape_only(config, settings.precision, KIND), shape.rank, shape.layers)
@@ -255,7 +267,7 @@ def _ppo(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Nee
         scorers = [Scorer(size, shape)] * len(scorers)
 
     def shares(micro: int, processes: int) -> list[Share]:
-        shared = {"micro_batch_tokens": micro, "processes": processes, "nodes": 1, "shard": can_shard}
+        shared = {"micro_batch_tokens": micro, "processes": processes, "nodes": 1, "shard": bool(division)}
         return update_shares(settings.model_copy(update=shared), config, scorers, prompt, 0, KIND)
 
     rows, tokens, updates = settings.batch_prompts * settings.samples_per_prompt, prompt + new, settings.updates
@@ -273,18 +285,18 @@ def _ppo(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Nee
         Job("score", SCORING, scored, updates * rows * roles * tokens),
         Job("optimise", TRAINING, trained, rows * (policy_epochs + value_epochs) * tokens),
     ]
-    return Need("ppo_finetune", shares, settings.micro_batch_tokens, tokens, can_shard, jobs)
+    return Need("ppo_finetune", shares, settings.micro_batch_tokens, tokens, division, jobs)
 
 
 def _evaluate(config: PretrainedConfig, stages: Mapping[str, Any], data: Data) -> Need:
     settings = evaluate.Config(**stages["evaluate"])
     prompt, new = min(data.prompt_tokens, settings.max_prompt_tokens or data.prompt_tokens), settings.max_new_tokens
 
-    def shares(micro: int, processes: int) -> list[Share]:
-        return evaluation_shares(config, settings.precision, settings.batch_size, prompt, new, KIND)
+    def shares(micro: int, devices: int) -> list[Share]:
+        return evaluation_shares(config, settings.precision, settings.batch_size, prompt, new, KIND, devices)
 
     batches = math.ceil(settings.prompts / settings.batch_size) * _POLICIES
     jobs = _sampling(config, settings.precision, batches, settings.batch_size, settings.batch_size, prompt, new)
     count = settings.prompts * _POLICIES
     jobs.append(Job("judge", SCORING, count * forward_flops(config, [prompt + new]), count * (prompt + new)))
-    return Need("evaluate", shares, SMALLEST_MICRO_BATCH, prompt + new, False, jobs)
+    return Need("evaluate", shares, SMALLEST_MICRO_BATCH, prompt + new, "spread", jobs)

@@ -48,3 +48,16 @@ def test_the_plan_is_the_weights_and_the_pass_that_takes_most(prompt: int, new: 
     assert weights.bytes == weights_bytes(model)
     assert largest.what == most
     assert largest.bytes == pytest.approx(live.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_two_devices_the_first_has_half_of_the_layers_and_all_else(tied: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, tie_word_embeddings=tied
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    there = weights_bytes(model) - sum(weights_bytes(layer) for layer in model.model.layers[3:])
+    *shares, largest = evaluation_shares(config, "float32", ROWS, 4, 30, "cpu", devices=2)
+    assert sum(share.bytes for share in shares) == there
+    *_, whole = evaluation_shares(config, "float32", ROWS, 4, 30, "cpu")
+    assert largest.bytes < whole.bytes or largest.what != "cache", "a cache is where its layers are"

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from components.rlhf import models
 from components.rlhf.adapters import adapter_role, add_adapter, copy_adapter, load_adapter, merge_adapter_into, save_adapter
+from components.rlhf.attention import SHORT_ROWS
 from components.rlhf.models import load_policy, new_scorer, policy_role, save_model, scorer_role
 
 IDS = torch.tensor([[5, 9, 12, 7, 30]])
@@ -61,6 +63,14 @@ def test_line_01_a_pad_token_that_is_missing_or_an_end_is_replaced(
     assert fixed.pad_token_id not in model.generation_config.eos_token_id
     assert loaded.config.pad_token_id == fixed.pad_token_id
     assert loaded.get_input_embeddings().num_embeddings >= len(fixed)
+
+
+def test_a_model_that_lies_in_the_hosts_memory_attends_as_its_device_will(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From there divided layers go to an accelerator, where matrix products of all T^2 scores are slow and large."""
+    here = load_policy(folder, place=torch.device("cpu"))[0]
+    monkeypatch.setattr(models, "device", lambda: torch.device("cuda"))
+    elsewhere = load_policy(folder, place=torch.device("cpu"))[0]
+    assert [each.config._attn_implementation for each in (here, elsewhere)] == [SHORT_ROWS, "sdpa"]
 
 
 def test_no_eos_or_no_template_or_scaled_logits_are_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from components.services.exits import DoNotRetry
 from pipelines.capacity.gpus import GPUS, TRAINING, decode_seconds, efficiency, efficiency_is_measured, gpu
 from pipelines.capacity.placing import place
 from pipelines.capacity.shapes import SHAPES, Shape, config_of, llama_config
-from pipelines.capacity.stages import Job, Need, data_of, parameters_of
+from pipelines.capacity.stages import Division, Job, Need, data_of, parameters_of
 from pipelines.capacity.work import forward_flops, training_flops
 
 TINY = Shape(64, 128, 2, 4, 2, 512, True, 0)
@@ -114,29 +114,42 @@ def test_a_step_of_decoding_takes_what_an_h100_took(name: str, rows: int, tokens
     assert decode_seconds(GPUS["H100"], shape.layers, 2 * shape.parameters, cache, groups) == pytest.approx(seconds, rel=0.1)
 
 
-def _need(size: int, can_shard: bool) -> Need:
+WAYS: tuple[tuple[float, Division], ...] = ((50e9, ""), (200e9, "sharded"), (200e9, "spread"))
+
+
+def _need(size: int, division: Division) -> Need:
     """A stage whose memory is half weights, which may be divided, and half micro-batch of 100 tokens."""
 
     def shares(micro: int, processes: int) -> list[Share]:
         found = [Share("model", "weights", size // 2), Share("step", "activations", size // 2 * micro // 100)]
-        return [*found, *sharding_shares(size // 2, size // 10, processes)] if can_shard and processes > 1 else found
+        return [*found, *sharding_shares(size // 2, size // 10, processes)] if division and processes > 1 else found
 
-    return Need("train_sft", shares, 100, 10, can_shard, [Job("train", TRAINING, 10**18, 10**6)])
+    return Need("train_sft", shares, 100, 10, division, [Job("train", TRAINING, 10**18, 10**6)])
 
 
 def test_a_stage_gets_the_smallest_gpu_then_smaller_micro_batches_then_several() -> None:
     config = llama_config(TINY, 128)
 
-    def placed(size: float, names: list[str], can_shard: bool = False) -> tuple[str, int, int, bool]:
-        found = place(_need(int(size), can_shard), names, config, 10**9, 2)
-        return found.gpu, found.gpus, found.micro_batch_tokens, found.sharded
+    def placed(size: float, names: list[str], division: Division = "") -> tuple[str, int, int, str]:
+        found = place(_need(int(size), division), names, config, 10**9, 2)
+        return found.gpu, found.gpus, found.micro_batch_tokens, found.division
 
-    assert placed(20e9, ["H100", "L4"]) == ("L4", 1, 100, False)
-    assert placed(50e9, ["H100", "L4"]) == ("H100", 1, 100, False)
-    assert placed(100e9, ["H100", "L4"]) == ("H100", 1, 50, False), "less in one micro-batch before more GPUs"
-    assert placed(200e9, ["H100"]) == ("", 0, 25, False)
+    assert placed(20e9, ["H100", "L4"]) == ("L4", 1, 100, "")
+    assert placed(50e9, ["H100", "L4"]) == ("H100", 1, 100, "")
+    assert placed(100e9, ["H100", "L4"]) == ("H100", 1, 50, ""), "less in one micro-batch before more GPUs"
+    assert placed(200e9, ["H100"]) == ("", 0, 25, "")
     # Weights of 100e9, of which two GPUs hold a half each, and two of ten layers put together.
-    assert placed(200e9, ["H100"], can_shard=True) == ("H100", 4, 25, True)
+    assert placed(200e9, ["H100"], "sharded") == ("H100", 4, 25, "sharded")
+    assert placed(200e9, ["H100"], "spread") == ("H100", 4, 25, "spread")
+
+
+def test_gpus_that_take_turns_are_no_faster_than_one() -> None:
+    config = llama_config(TINY, 128)
+    one, sharded, spread = (place(_need(int(size), way), ["H100"], config, 10**9, 2) for size, way in WAYS)
+    assert (sharded.gpus, spread.gpus) == (4, 4)
+    assert sharded.hours == pytest.approx(one.hours / 4)
+    assert spread.hours == one.hours
+    assert all(each.extrapolated for each in spread.timed), "it was measured on one"
 
 
 def test_prompts_that_do_not_fit_the_context_are_refused() -> None:
