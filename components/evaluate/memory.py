@@ -18,13 +18,12 @@ def evaluation_shares(
 ) -> list[Share]:
     """The shares, in bytes, of the one model that is loaded at a time and of the pass that takes most, on a `kind` of device.
 
-    Of several `devices` over which its layers are spread (`rlhf.spread`) the first, which has embeddings and head besides.
-
     Policies, reward model and judge are of one shape; a scorer takes a little less than a policy.
 
     Args:
         rows: answers that are sampled or scored at once.
         prompt_tokens, new_tokens: of the longest prompt and answer.
+        devices: over which the layers are spread (`rlhf.spread`). The shares are those of the first, which has embeddings and head.
     """
     model = shape_only(config, precision, kind)
     role = policy_role(model)

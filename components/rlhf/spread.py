@@ -1,8 +1,8 @@
 """A model's layers on all accelerators of one process, which take turns: for inference with models that one of them cannot hold.
 
-Hidden states go from device to device, weights stay where they are; so a token costs no more than on one device, where divided
-layers (`rlhf.sharding`) would be put together for each. accelerate's `dispatch_model` does the same, but leaves the model in
-cycles of references: it would still be there while the next one is loaded.
+Hidden states go from device to device and weights stay where they are, whereas divided layers (`rlhf.sharding`) are put together
+for each token. accelerate's `dispatch_model` does the same, but leaves the model in cycles of references: it would still be there
+while the next one is loaded.
 """
 
 from __future__ import annotations
