@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +15,16 @@ from components.services import train_job
 from components.services.job import Job
 from components.services.storage import Storage
 from pipelines.local_services import LocalServices
-from tests.stage_processes import StageProcess, fetched, publish_snapshot, run
+from tests.stage_processes import (
+    OPTIONS,
+    StageProcess,
+    Undisturbed,
+    assert_near,
+    fetched,
+    publish_snapshot,
+    run,
+    train_undisturbed,
+)
 from tests.trainer_stand_in import cluster
 
 SECONDS_TO_NOTICE = 60
@@ -25,6 +33,11 @@ SECONDS_TO_NOTICE = 60
 @pytest.fixture(scope="module")
 def snapshot(services: LocalServices) -> dict[str, str]:
     return publish_snapshot("s3://rankloop/processes")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(services: LocalServices) -> Undisturbed:
+    return train_undisturbed("s3://rankloop/undisturbed-train-jobs")
 
 
 def rank_process(number: int) -> psutil.Process:
@@ -61,16 +74,15 @@ def test_a_killed_process_ends_the_stage_at_once_and_one_goes_on_from_its_checkp
         torch.testing.assert_close(ours[name], values, atol=1e-4, rtol=1e-4)
 
 
-def test_a_train_job_of_the_local_backend_gives_the_policy_of_one_process(
-    snapshot: dict[str, str], tmp_path: Path, monkeypatch: Any
+@pytest.mark.parametrize("stage", list(OPTIONS))
+def test_line_28_a_train_job_of_the_local_backend_learns_what_one_process_does(
+    stage: str, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = run("train_sft", "s3://rankloop/no-train-job", snapshot)
     monkeypatch.setenv("RANKLOOP_TRAINER", "local")
-    job = run("train_sft", "s3://rankloop/train-job", snapshot, forked=False, processes=2)
-    assert "examples; one of them:" in job.stderr, "the job's log is passed on"
-    ours, theirs = (fetched(each.uri, tmp_path / str(number)) for number, each in enumerate((job, alone)))
-    for name, values in theirs.items():
-        torch.testing.assert_close(ours[name], values, atol=2e-5, rtol=2e-5)
+    job = run(stage, f"s3://rankloop/train-job-{stage}", undisturbed.inputs[stage], forked=False, processes=2)
+    assert "one of them:" in job.stderr or "best: " in job.stderr, "the job's log is passed on"
+    for name, uri in undisturbed.outputs[stage].items():
+        assert_near(fetched(job.outputs[name], tmp_path / name), fetched(uri, tmp_path / f"{name}-alone"))
 
 
 def test_a_train_job_of_two_nodes_is_made_followed_and_removed_and_its_exit_is_the_stages(
