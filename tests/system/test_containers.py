@@ -86,7 +86,7 @@ class Servers(NamedTuple):
     rankings: str
     folder: Path
 
-    def start(self, log: Path, rankings: str = "", **container: Any) -> subprocess.Popen[bytes]:
+    def start(self, log: Path, rankings: str = "", data_image: str = DATA, **container: Any) -> subprocess.Popen[bytes]:
         """Starts the whole graph in a process of its own."""
         profile = load(str(PROFILE), [f"ppo_finetune.{key}={value}" for key, value in PPO.items()])
         folder = self.folder / log.stem
@@ -102,7 +102,7 @@ class Servers(NamedTuple):
         }
         path = log.with_suffix(".json")
         path.write_text(json.dumps(request), encoding="utf-8")
-        environment = {**os.environ, "DOCKER_HOST": self.address, "RANKLOOP_DATA_IMAGE": DATA, "RANKLOOP_TRAIN_IMAGE": TRAIN}
+        environment = {**os.environ, "DOCKER_HOST": self.address, "RANKLOOP_DATA_IMAGE": data_image, "RANKLOOP_TRAIN_IMAGE": TRAIN}
         with open(log, "wb") as file:
             command = [sys.executable, "-m", "tests.container_run", str(path)]
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -272,6 +272,15 @@ def test_bad_input_ends_the_run_and_says_why(servers: Servers, tmp_path: Path) -
     log = printed(tmp_path / "bad.log")
     assert re.search(rf"ingest_rankings failed: .*{re.escape(nowhere)}", log)
     assert "Task 'ingest-rankings' finished with status FAILURE" in log
+    assert "Executing task 'validate-data'" not in log
+
+
+def test_an_image_that_is_not_there_ends_the_run_and_is_named(address: str, tmp_path: Path) -> None:
+    nowhere = f"127.0.0.1:9/rankloop-data@sha256:{'0' * 64}"  # a registry that is down
+    process = Servers(address, {}, "s3://rankloop/incoming", tmp_path).start(tmp_path / "image.log", data_image=nowhere)
+    assert process.wait(300) != 0
+    log = printed(tmp_path / "image.log")
+    assert nowhere in log
     assert "Executing task 'validate-data'" not in log
 
 
