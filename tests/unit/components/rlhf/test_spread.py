@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from components.rlhf import spread
-from components.rlhf.models import load_policy, load_scorer, new_scorer, save_model
+from components.rlhf.models import device, load_policy, load_scorer, new_scorer, save_model
 from components.rlhf.records import Message
 from components.rlhf.reward import score
 from components.rlhf.rollout import completion_logprobs, sample
@@ -58,7 +58,7 @@ def test_spread_over_places_of_one_device_it_answers_reads_and_scores_the_same(
 ) -> None:
     whole, tokenizer = load_policy(folders[0])
     judge = load_scorer(folders[1])[0]
-    monkeypatch.setattr(spread, "devices", lambda: [torch.device("cpu")] * 2)
+    monkeypatch.setattr(spread, "devices", lambda: [device()] * 2)
     parts, _ = spread.load_spread(lambda place: load_policy(folders[0], "float32", place))
     judging, _ = spread.load_spread(lambda place: load_scorer(folders[1], "float32", place))
     for model in (parts, judging):
@@ -77,7 +77,7 @@ def test_spread_over_places_of_one_device_it_answers_reads_and_scores_the_same(
 
 
 def test_a_spread_model_is_gone_as_soon_as_nobody_holds_it(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spread, "devices", lambda: [torch.device("cpu")] * 2)
+    monkeypatch.setattr(spread, "devices", lambda: [device()] * 2)
     model, _ = spread.load_spread(lambda place: load_policy(folders[0], "float32", place))
     gone = weakref.ref(next(model.parameters()))
     gc.disable()
