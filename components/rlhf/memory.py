@@ -149,8 +149,10 @@ def _attending(role: Role, tokens: int, masked: bool) -> Iterator[None]:
     own = role.backbone.config._attn_implementation
     if own == FUSED or (own == SHORT_ROWS and tokens > LONGEST):
         role.backbone.set_attn_implementation(FUSED_MASKED if masked else FUSED)
-    yield
-    role.backbone.set_attn_implementation(own)
+    try:
+        yield
+    finally:
+        role.backbone.set_attn_implementation(own)
 
 
 class _Fused(torch.autograd.Function):
@@ -286,7 +288,7 @@ def sharding_shares(divided: int, together: int, processes: int) -> list[Share]:
 
 
 def spread_shares(model: PreTrainedModel, devices: int) -> list[Share]:
-    """What the first of so many devices has of a `shape_only` model whose layers are spread over them (`rlhf.spread`)."""
+    """Bytes that the first of so many devices has of a `shape_only` model whose layers are spread over them (`rlhf.spread`)."""
     layers = transformer_layers(model.base_model)[1]
     elsewhere = len(layers) - math.ceil(len(layers) / devices)
     shares = [Share("model", "weights", weights_bytes(model))]

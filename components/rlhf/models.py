@@ -129,7 +129,11 @@ def load_policy(
 
 
 def read_policy(folder: Path) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """Tokenizer and configuration of a policy that `save_model` wrote, without its weights."""
+    """Tokenizer and configuration of a policy that `save_model` wrote, without its weights.
+
+    Raises:
+        OSError: not a model folder.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)

@@ -289,7 +289,9 @@ class ChosenLogprobs(torch.autograd.Function):
 
 
 def step_bytes(rows: int, vocabulary: int) -> int:
-    """What a step of sampling holds beside the cache: logits and log-probabilities in float32, two sums in float64."""
+    """Bytes that a step of sampling holds beside the cache: logits and log-probabilities [rows, vocabulary] in float32, and
+    probabilities and their sums in float64.
+    """
     return rows * vocabulary * (2 * 4 + 2 * 8)
 
 

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 
 def load_spread(load: Callable[[torch.device | None], Loaded]) -> Loaded:
-    """The model that `load` puts where it is told (None: on this process's device), on all that this process has."""
+    """A model with its layers on all accelerators that this process has to itself.
+
+    Args:
+        load: gives the model, its weights on the device that it is told; None: on this process's own.
+
+    Raises:
+        DoNotRetry: there are several, and the library does not say which the model's layers are.
+    """
     places = devices()
     model, tokenizer = load(torch.device("cpu") if len(places) > 1 else None)
     if len(places) > 1:

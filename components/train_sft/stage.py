@@ -177,6 +177,8 @@ def fingerprint_of(demonstrations: str, base_model: str, storage: Storage) -> st
 
 
 def _pretrained(config: Config, context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained model where it is trained, or, if it is taken as it is, on all accelerators: it is only read then."""
+
     def load(place: torch.device | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_pretrained(config.base_model, config.precision, context.storage, context.scratch, place)
 

@@ -56,7 +56,7 @@ def empty(layer: DynamicLayer, keys: Tensor, values: Tensor) -> None:
 
 
 def placed(model: PreTrainedModel) -> dict[str, Any]:
-    """Where its parts are, and where the results come out."""
+    """Where its parts are."""
     return {
         "layers": [str(next(layer.parameters()).device) for layer in model.base_model.layers],
         "rest": sorted({str(p.device) for name, p in model.named_parameters() if ".layers." not in name}),
